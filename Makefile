@@ -1,0 +1,78 @@
+# Two commands do everything on a fresh machine with Python 3.11, make and (later) a C compiler:
+#     make train     environment, data, a training run on 13 ranks
+#     make test      the whole suite, serial and under mpiexec
+
+PYTHON ?= python3
+MPI ?= auto
+RANKS ?= 13
+TEST_SIZES ?= 1 2 3 4 7 13
+RUNS ?= runs
+
+BIN := .venv/bin
+MPIEXEC := $(BIN)/mpiexec
+
+# Open MPI refuses root, and more ranks than cores, unless told. Other MPIs ignore these.
+ifeq ($(shell id -u),0)
+export OMPI_ALLOW_RUN_AS_ROOT := 1
+export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM := 1
+endif
+OVERSUBSCRIBE := PRTE_MCA_rmaps_default_mapping_policy=:oversubscribe
+MPIRUN = env $(if $(shell [ $(1) -gt $$(nproc) ] && echo more),$(OVERSUBSCRIBE)) $(MPIEXEC) -n $(1)
+
+.DEFAULT_GOAL := help
+.PHONY: help install train test test-serial test-mpi test-smoke test-matrix lint clean
+
+help: ## show this list
+	@grep -hE '^[a-z%-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+	@echo "test-N          run the MPI tests on N ranks"
+	@echo "Variables: PYTHON=$(PYTHON)  MPI=auto|system|wheel  RANKS=$(RANKS) (of make train)  RUNS=$(RUNS)"
+
+install: .venv/installed ## environment in .venv, with an MPI in .venv/bin/mpiexec
+
+.venv/installed: setup.cfg pyproject.toml Makefile
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	    { echo "$(PYTHON) is older than Python 3.11: name a newer one, as in make install PYTHON=python3.12"; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || \
+	    { echo "Python's venv module is missing: apt install python3-venv, or name another with PYTHON=..."; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test]'
+	@MPI=$(MPI) sh jobs/choose-mpi.sh .venv
+	@touch $@
+
+train: install ## prepare the built-in corpus and train on 13 ranks; again: continue, or say it is done
+	@test -f $(RUNS)/stdlib.h5 || $(BIN)/hiermpi prepare stdlib --out $(RUNS)/stdlib.h5
+	$(call MPIRUN,$(RANKS)) $(BIN)/hiermpi train --data $(RUNS)/stdlib.h5 --run $(RUNS)/first --config jobs/first.toml
+
+test: test-serial test-mpi test-smoke ## the whole suite, serial and under mpiexec
+
+test-serial: install ## the tests of one process, and those that launch mpiexec themselves
+	$(BIN)/python -m pytest -q
+
+test-mpi: $(TEST_SIZES:%=test-%) ## the MPI tests on each of TEST_SIZES ranks
+
+# -m mpi4py: an exception on one rank ends all. timeout: nothing can hang for ever.
+test-%: install
+	env $(OVERSUBSCRIBE) timeout --kill-after=10 300 $(MPIEXEC) -n $* \
+	    $(BIN)/python -m mpi4py -m pytest -q -x --with-mpi tests/mpi
+
+test-smoke: install ## a few of the MPI tests on 64 ranks
+	env $(OVERSUBSCRIBE) timeout --kill-after=10 300 $(MPIEXEC) -n 64 \
+	    $(BIN)/python -m mpi4py -m pytest -q -x --with-mpi tests/mpi -m smoke
+
+test-matrix: install ## every combination of ranks, routing, coordinators and reduction (minutes)
+	for n in 1 2 3 13 26 64; do \
+	    env HIERMPI_TEST_MATRIX=all $(OVERSUBSCRIBE) timeout --kill-after=10 1200 $(MPIEXEC) -n $$n \
+	        $(BIN)/python -m mpi4py -m pytest -q -x --with-mpi tests/mpi/test_equality.py || exit 1; \
+	done
+
+lint: install ## ruff and mypy
+	@test -x $(BIN)/ruff -a -x $(BIN)/mypy || \
+	    $(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[lint]'
+	$(BIN)/ruff check --line-length 120 --select $(RUFF_RULES) --ignore $(RUFF_IGNORED) hiermpi tests
+	$(BIN)/mypy
+
+RUFF_RULES := A,ARG,B,BLE,C4,D,E,F,I,N,PL,PT,RET,RUF,S,SIM,T10,TC,UP,W
+RUFF_IGNORED := D100,D101,D102,D103,D104,D105,D107,D203,D205,D212,D213,D400,D401,D413,D415,N803,N806,PLC0415,PLR0913,PLR0917,PLR2004,RUF001,RUF002,RUF003,S101
+
+clean: ## remove the environment and build products, never runs
+	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache

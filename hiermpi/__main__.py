@@ -1,0 +1,5 @@
+"""``python -m hiermpi`` is ``hiermpi``."""
+
+from hiermpi.cli import console
+
+console()

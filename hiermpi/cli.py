@@ -1,0 +1,183 @@
+"""The command line: find the command, decide whether it needs MPI, run it, leave with its exit code.
+
+Nothing heavy is imported before it is known to be needed: ``--help`` must answer on a login node, where MPI_Init
+may be forbidden, and every import is paid once per rank.
+"""
+
+import argparse
+import importlib
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from hiermpi import __version__
+from hiermpi.errors import EXIT_ERROR, UsageError, UserError
+
+COMMANDS = ("prepare", "train", "evaluate", "plan", "verify", "info")
+"""One module each in :mod:`hiermpi.commands`; in the order of a user's first day."""
+
+MPI_ALWAYS = frozenset({"train"})
+MPI_WHEN_LAUNCHED = frozenset({"evaluate", "prepare"})
+
+RANK_VARIABLES = ("OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK", "SLURM_PROCID")
+SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
+
+DESCRIPTION = """\
+Train language models data-parallel on the CPU cores of a cluster, through MPI.
+
+    hiermpi prepare stdlib --out data.h5
+    mpirun -n 13 hiermpi train --data data.h5 --run runs/first
+    hiermpi evaluate runs/first --data data.h5
+
+Exit codes: 0 done; 1 error; 2 command line or configuration; 75 stopped early with a checkpoint, run me again.
+"""
+
+
+class Parser(argparse.ArgumentParser):
+    """Raises instead of exiting, so that under MPI the verdict can be told to every rank."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message} (see {self.prog} --help)")
+
+
+def build_parser() -> Parser:
+    """The parser of all commands."""
+    parser = Parser(
+        prog="hiermpi",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"hiermpi {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
+    for name in COMMANDS:
+        module = importlib.import_module(f"hiermpi.commands.{name}")
+        child = commands.add_parser(
+            name,
+            help=module.SUMMARY,
+            description=f"{module.SUMMARY}\n\n{module.EXAMPLE}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        module.configure(child)
+    return parser
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The parsed command line. Raises UsageError; ``--help`` and ``--version`` print and raise SystemExit."""
+    parser = build_parser()
+    arguments, unknown = parser.parse_known_args(argv)
+    if arguments.command is None:
+        raise UsageError(f"name a command: {', '.join(COMMANDS)} (see hiermpi --help)")
+    if unknown:
+        from hiermpi.config.loading import unknown_flag_message
+
+        flags = [word for word in unknown if word.startswith("-")]
+        message = unknown_flag_message(flags[0]) if flags else f"unexpected argument {unknown[0]}"
+        raise UsageError(f"{message} (see hiermpi {arguments.command} --help)")
+    return arguments
+
+
+def launched_ranks() -> int:
+    """Number of ranks that a launcher started this process with; 1 where there is none."""
+    return max([int(os.environ[name]) for name in SIZE_VARIABLES if os.environ.get(name, "").isdigit()], default=1)
+
+
+def launched_rank() -> int:
+    """This process's rank by the launcher's word; 0 where there is none."""
+    return next((int(os.environ[name]) for name in RANK_VARIABLES if os.environ.get(name, "").isdigit()), 0)
+
+
+def needs_mpi(argv: Sequence[str]) -> bool:
+    """Whether the command line asks for something that ranks do together."""
+    if not argv or {"-h", "--help", "--version"} & set(argv):
+        return False
+    return argv[0] in MPI_ALWAYS or (argv[0] in MPI_WHEN_LAUNCHED and launched_ranks() > 1)
+
+
+def set_up_logging(rank: int) -> None:
+    """Log to stderr: rank 0 tells all, the others warnings only, with their rank in front."""
+    logger = logging.getLogger("hiermpi")
+    handler = logging.StreamHandler()
+    handler.setFormatter(LevelFormatter(rank))
+    logger.handlers[:] = [handler]
+    logger.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+    logger.propagate = False
+
+
+class LevelFormatter(logging.Formatter):
+    """Plain progress lines; errors and warnings say what they are, and other ranks than 0 who they are."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__("%(message)s")
+        self.rank = rank
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record)
+        prefix = f"rank {self.rank}: " if self.rank and record.levelno < logging.CRITICAL else ""
+        if record.levelno >= logging.ERROR:
+            return f"hiermpi: {prefix}{text}"
+        return f"hiermpi: warning: {prefix}{text}" if record.levelno >= logging.WARNING else prefix + text
+
+
+def run_alone(argv: Sequence[str]) -> int:
+    """Run a command in this process only; return its exit code."""
+    if launched_rank() > 0:  # started by a launcher for a command that one process does
+        return 0
+    try:
+        arguments = parse(argv)
+        return importlib.import_module(f"hiermpi.commands.{arguments.command}").run(arguments)
+    except UserError as error:
+        logging.getLogger("hiermpi").error("%s", error)
+        return error.exit_code
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_ERROR
+    except KeyboardInterrupt:
+        return 130
+
+
+def run_together(argv: Sequence[str]) -> NoReturn:
+    """Run a command on all ranks; leave the process with its exit code."""
+    from mpi4py import MPI
+
+    from hiermpi.communication.leaving import run_collectively
+    from hiermpi.communication.objects import agree, broadcast_object
+    from hiermpi.communication.waiting import Waiter
+
+    set_up_logging(MPI.COMM_WORLD.rank)
+
+    def body(world: MPI.Comm) -> int:
+        arguments, error = None, None
+        if world.rank == 0:
+            try:
+                arguments = parse(argv)
+            except UserError as caught:
+                error = caught
+        agree(world, error, Waiter())
+        arguments = broadcast_object(world, arguments, Waiter())
+        module = importlib.import_module(f"hiermpi.commands.{arguments.command}")
+        return module.run_together(arguments, world)
+
+    run_collectively(body)
+    raise AssertionError("unreachable")
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run ``hiermpi`` with the words after its name; return the exit code (ranks leave by themselves)."""
+    # Before numpy is imported: ranks are the parallelism, a BLAS that threads by itself oversubscribes the cores.
+    for variable in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        os.environ[variable] = "1"
+    set_up_logging(launched_rank())
+    if needs_mpi(argv):
+        run_together(argv)
+    return run_alone(argv)
+
+
+def console() -> NoReturn:
+    """Entry point of the ``hiermpi`` command."""
+    sys.exit(main(sys.argv[1:]))
+
+

@@ -1,0 +1,62 @@
+"""Small Python objects between ranks, with sleeping waits. Arrays never travel this way."""
+
+import pickle
+from typing import Any
+
+import numpy as np
+from mpi4py import MPI
+
+from hiermpi.communication.waiting import Waiter
+from hiermpi.errors import UserError
+
+
+def broadcast_object(comm: MPI.Comm, value: Any, waiter: Waiter) -> Any:
+    """Rank 0's ``value``, on every rank. Collective over ``comm``."""
+    data = np.frombuffer(pickle.dumps(value), np.uint8) if comm.rank == 0 else None
+    length = np.array([0 if data is None else len(data)], np.int64)
+    waiter.wait(comm.Ibcast(length))
+    buffer = np.empty(int(length[0]), np.uint8)
+    if data is not None:
+        buffer[:] = data
+    waiter.wait(comm.Ibcast(buffer))
+    return pickle.loads(buffer.tobytes())  # noqa: S301  (from a rank of our own job)
+
+
+def gather_objects(comm: MPI.Comm, value: Any, waiter: Waiter) -> list[Any] | None:
+    """Every rank's ``value`` in rank order at rank 0, None elsewhere. Collective over ``comm``."""
+    data = np.frombuffer(pickle.dumps(value), np.uint8)
+    lengths = np.zeros(comm.size if comm.rank == 0 else 0, np.int64)
+    waiter.wait(comm.Igather(np.array([len(data)], np.int64), lengths if comm.rank == 0 else None))
+    if comm.rank != 0:
+        waiter.wait(comm.Igatherv(data, None))
+        return None
+    ends = np.cumsum(lengths)
+    everything = np.empty(int(ends[-1]), np.uint8)
+    waiter.wait(comm.Igatherv(data, [everything, (lengths, ends - lengths)]))
+    return [
+        pickle.loads(everything[end - length : end].tobytes())  # noqa: S301
+        for end, length in zip(ends, lengths, strict=True)
+    ]
+
+
+def agree(comm: MPI.Comm, error: Exception | None, waiter: Waiter) -> None:
+    """Raise on every rank of ``comm`` if any rank brings an error. Collective over ``comm``.
+
+    A :class:`UserError` keeps its type everywhere; the lowest rank's wins. Other errors are raised where they are
+    and become a RuntimeError elsewhere.
+    """
+    bad = np.array([comm.rank if error is not None else comm.size], np.int64)
+    waiter.wait(comm.Iallreduce(MPI.IN_PLACE, bad, op=MPI.MIN))
+    first = int(bad[0])
+    if first == comm.size:
+        return
+    told = np.zeros(4096, np.uint8)
+    if comm.rank == first:
+        note = pickle.dumps((error if isinstance(error, UserError) else None, str(error)[:1000]))
+        told[: len(note)] = np.frombuffer(note, np.uint8)
+    waiter.wait(comm.Ibcast(told, root=first))
+    user_error, text = pickle.loads(told.tobytes())  # noqa: S301
+    if user_error is not None:
+        user_error.everywhere = True
+        raise user_error
+    raise error if error is not None else RuntimeError(f"rank {first} failed: {text}")

@@ -1,0 +1,95 @@
+"""Sums up the tree, parameters down it.
+
+    gradient = (sum over leaves of their gradient SUMS) / (sum over leaves of their target TOKENS)
+
+Here only the sums are formed; the division happens once, where the optimizer steps. A rank with no sequence takes
+part with zeros.
+
+- ``tree``: Reduce on each group communicator, then Reduce on the control communicator.
+- ``flat``: one Allreduce over the world; the reference that every other form must equal.
+"""
+
+from collections.abc import Callable
+from typing import Protocol
+
+import numpy as np
+from mpi4py import MPI
+from numpy.typing import NDArray
+
+from hiermpi.communication.communicators import Communicators
+
+CHUNK_BYTES = 1 << 20
+"""Messages are cut to this size: unsegmented algorithms of MPI libraries pipeline poorly, and counts stay small."""
+CHUNKS_IN_FLIGHT = 8
+
+
+class Reduction(Protocol):
+    """A way to sum a vector over all ranks at the root, and to give every rank the root's vector."""
+
+    name: str
+
+    def reduce(self, vector: NDArray) -> None:
+        """Leave the sum over ranks of ``vector`` in the root's ``vector``; elsewhere it becomes scratch.
+
+        Collective over the hierarchy.
+        """
+
+    def broadcast(self, vector: NDArray) -> None:
+        """Give every rank the root's ``vector``. Collective over the hierarchy."""
+
+
+class TreeReduction:
+    """Level by level, as the ranks are organised."""
+
+    name = "tree"
+
+    def __init__(self, comms: Communicators) -> None:
+        self.comms = comms
+
+    def reduce(self, vector: NDArray) -> None:
+        # Up: group, then control.
+        for comm in self.comms.levels_up():
+            self._chunked(vector, lambda chunk, comm=comm: ireduce_in_place(comm, chunk))
+
+    def broadcast(self, vector: NDArray) -> None:
+        # Down: control, then group.
+        for comm in self.comms.levels_down():
+            self._chunked(vector, lambda chunk, comm=comm: comm.Ibcast(chunk))
+
+    def _chunked(self, vector: NDArray, start: Callable[[NDArray], MPI.Request]) -> None:
+        pieces = chunks(vector)
+        for first in range(0, len(pieces), CHUNKS_IN_FLIGHT):
+            self.comms.waiter.wait_all([start(chunk) for chunk in pieces[first : first + CHUNKS_IN_FLIGHT]])
+
+
+class FlatReduction(TreeReduction):
+    """One Allreduce over the world, one Bcast."""
+
+    name = "flat"
+
+    def reduce(self, vector: NDArray) -> None:
+        self._chunked(vector, lambda chunk: self.comms.world.Iallreduce(MPI.IN_PLACE, chunk))
+
+    def broadcast(self, vector: NDArray) -> None:
+        self._chunked(vector, lambda chunk: self.comms.world.Ibcast(chunk))
+
+
+def ireduce_in_place(comm: MPI.Comm, chunk: NDArray) -> MPI.Request:
+    """Start a sum to rank 0 of ``comm``, in place there."""
+    return comm.Ireduce(MPI.IN_PLACE, chunk) if comm.rank == 0 else comm.Ireduce(chunk, None)
+
+
+def chunks(vector: NDArray) -> list[NDArray]:
+    """Views that cover ``vector`` in pieces of at most :data:`CHUNK_BYTES`."""
+    step = max(1, CHUNK_BYTES // vector.itemsize)
+    return [vector[start : start + step] for start in range(0, len(vector), step)]
+
+
+def make_reduction(kind: str, comms: Communicators) -> Reduction:
+    """The reduction called ``kind`` in the configuration."""
+    return FlatReduction(comms) if kind == "flat" else TreeReduction(comms)
+
+
+def allreduce_small(comms: Communicators, values: NDArray[np.float64]) -> None:
+    """Sum a few numbers over all ranks, in place on every rank. Collective over the world."""
+    comms.waiter.wait(comms.world.Iallreduce(MPI.IN_PLACE, values))

@@ -1,0 +1,74 @@
+"""The one place where a rank waits for another.
+
+Polls, then backs off to sleeps of at most a millisecond: a waiting rank does not steal the core of one that
+computes, and Python's signal handlers, stall timers and the like run between two polls.
+"""
+
+import logging
+import os
+import time
+from collections.abc import Sequence
+
+from mpi4py import MPI
+
+FIRST_SLEEP = 20e-6
+LONGEST_SLEEP = 1e-3
+SPIN_SECONDS = 200e-6
+
+logger = logging.getLogger("hiermpi")
+
+
+class StallError(RuntimeError):
+    """A rank has waited longer than ``run.stall_abort``: another one is gone or hangs."""
+
+
+class Waiter:
+    """Waits for requests, and accounts for it.
+
+    Args:
+        oversubscribed: more ranks than cores share this node: then never spin.
+        stall_warn: seconds after which a wait is logged, once (0: never).
+        stall_abort: seconds after which a wait raises :class:`StallError` (0: never).
+    """
+
+    def __init__(self, oversubscribed: bool = True, stall_warn: float = 0.0, stall_abort: float = 0.0) -> None:
+        self.spin_seconds = 0.0 if oversubscribed else SPIN_SECONDS
+        self.stall_warn = stall_warn
+        self.stall_abort = stall_abort
+        self.seconds = 0.0
+        """Wall time spent in waits so far."""
+        self.phase = "start"
+        """What the rank is doing, for messages."""
+
+    def wait(self, *requests: MPI.Request) -> None:
+        """Return when all requests are complete."""
+        self.wait_all(requests)
+
+    def wait_all(self, requests: Sequence[MPI.Request]) -> None:
+        """Return when all requests are complete."""
+        pending = list(requests)
+        if MPI.Request.Testall(pending):
+            return
+        start = time.perf_counter()
+        pause = FIRST_SLEEP
+        warned = False
+        while not MPI.Request.Testall(pending):
+            waited = time.perf_counter() - start
+            if waited < self.spin_seconds:
+                os.sched_yield()
+                continue
+            time.sleep(pause)
+            pause = min(2 * pause, LONGEST_SLEEP)
+            if waited > 1.0:
+                warned = self._watch(waited, warned)
+        self.seconds += time.perf_counter() - start
+
+    def _watch(self, waited: float, warned: bool) -> bool:
+        if self.stall_abort and waited > self.stall_abort:
+            raise StallError(
+                f"waited {waited:.0f} s for other ranks in phase {self.phase} (run.stall_abort = {self.stall_abort:g})"
+            )
+        if self.stall_warn and waited > self.stall_warn and not warned:
+            logger.warning("has waited %.0f s for other ranks in phase %s", waited, self.phase)
+            return True
+        return warned

@@ -1,0 +1,190 @@
+"""Read the configuration: command line beats environment beats file beats default.
+
+Only rank 0 does this; the result is broadcast, so other ranks never import pydantic.
+"""
+
+import argparse
+import difflib
+import tomllib
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import tomli_w
+from pydantic import TypeAdapter, ValidationError
+
+from hiermpi.config.schema import SECTIONS, Config, flatten
+from hiermpi.errors import UsageError
+
+ENVIRONMENT_PREFIX = "HIERMPI_"
+RESERVED_VARIABLES = frozenset({"HIERMPI_FAULT", "HIERMPI_KERNELS"})
+"""Variables of hiermpi that are not settings (for tests)."""
+MAX_FILE_BYTES = 1 << 20
+
+_SENTENCES = {
+    "int_parsing": "expected a whole number",
+    "int_type": "expected a whole number",
+    "int_from_float": "expected a whole number",
+    "int_parsing_size": "expected a smaller number",
+    "float_parsing": "expected a number",
+    "float_type": "expected a number",
+    "finite_number": "expected a finite number",
+    "bool_parsing": "expected true or false",
+    "bool_type": "expected true or false",
+    "string_type": "expected a text",
+    "greater_than_equal": "expected at least {ge}",
+    "greater_than": "expected more than {gt}",
+    "less_than": "expected less than {lt}",
+    "literal_error": "expected {expected}",
+}
+
+
+def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+    """Give ``parser`` the flag ``--config`` and one flag ``--section.field`` per setting."""
+    parser.add_argument("--config", type=Path, metavar="FILE", help="TOML file of settings")
+    for section, kind in SECTIONS.items():
+        group = parser.add_argument_group(section, (kind.__doc__ or "").splitlines()[0])
+        for entry in fields(kind):
+            hint = get_type_hints(kind, include_extras=False)[entry.name]
+            shown = "|".join(get_args(hint)) if get_origin(hint) is Literal else hint.__name__.upper()
+            group.add_argument(
+                f"--{section}.{entry.name}",
+                dest=f"{section}.{entry.name}",
+                metavar=shown,
+                default=argparse.SUPPRESS,
+                help=f"{entry.metadata['help']} (default: {_shown_default(entry.default)})",
+            )
+
+
+def load_config(arguments: argparse.Namespace, environment: Mapping[str, str]) -> Config:
+    """The resolved configuration.
+
+    Args:
+        arguments: parsed by a parser made with :func:`add_config_arguments`.
+        environment: usually ``os.environ``.
+
+    Raises:
+        UsageError: an unknown key, a value of the wrong type or out of range, an unreadable file.
+    """
+    known = flatten(Config())
+    settings: dict[str, tuple[Any, str]] = {}  # name -> (value, where it was said)
+    file = getattr(arguments, "config", None)
+    if file is not None:
+        settings.update(_from_file(file, known))
+    settings.update(_from_environment(environment, known))
+    for name in known:
+        if hasattr(arguments, name):
+            settings[name] = (getattr(arguments, name), f"--{name}")
+    return _build(settings)
+
+
+def config_from_flat(values: Mapping[str, Any], origin: str) -> Config:
+    """The configuration of ``{"section.field": value}``, validated; missing settings take their defaults."""
+    known = flatten(Config())
+    for name in values:
+        _require_known(name, known, origin)
+    return _build({name: (value, f"{name} in {origin}") for name, value in values.items()})
+
+
+def config_to_toml(config: Config) -> str:
+    """The configuration as a TOML text that :func:`load_config` reads back to the same values."""
+    nested: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}
+    for name, value in flatten(config).items():
+        section, _, key = name.partition(".")
+        nested[section][key] = value
+    return tomli_w.dumps(nested)
+
+
+def _shown_default(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return "none" if value == "" else str(value)
+
+
+def _from_file(path: Path, known: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
+    try:
+        if path.stat().st_size > MAX_FILE_BYTES:
+            raise UsageError(f"{path} is larger than 1 MiB: this is not a configuration, name a TOML file")
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror}: name a readable TOML file with --config") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise UsageError(f"{path} is not valid TOML: {str(error).splitlines()[0]}") from None
+    settings: dict[str, tuple[Any, str]] = {}
+    for section, entries in table.items():
+        if section not in SECTIONS:
+            raise UsageError(f'{path}: unknown section "{section}"{_nearest(section, SECTIONS)}')
+        if not isinstance(entries, dict):
+            raise UsageError(f"{path}: {section} is a section: write [{section}] with its settings below")
+        for key, value in entries.items():
+            name = f"{section}.{key}"
+            _require_known(name, known, str(path))
+            settings[name] = (value, f"{name} in {path}")
+    return settings
+
+
+def _from_environment(environment: Mapping[str, str], known: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
+    settings: dict[str, tuple[Any, str]] = {}
+    for variable in sorted(environment):
+        if not variable.startswith(ENVIRONMENT_PREFIX) or variable in RESERVED_VARIABLES:
+            continue
+        name = variable.removeprefix(ENVIRONMENT_PREFIX).replace("__", ".", 1).lower()
+        if name not in known:
+            variables = [ENVIRONMENT_PREFIX + entry.replace(".", "__").upper() for entry in known]
+            meant = "__" in variable or difflib.get_close_matches(variable, variables, n=1, cutoff=0.9)
+            if not meant:  # HIERMPI_ROOT and the like, as module systems set them
+                continue
+            raise UsageError(f"unknown environment variable {variable}{_nearest(variable, variables)}")
+        settings[name] = (environment[variable], variable)
+    return settings
+
+
+def _require_known(name: str, known: Mapping[str, Any], origin: str) -> None:
+    if name not in known:
+        raise UsageError(f'{origin}: unknown setting "{name}"{_nearest(name, known)}')
+
+
+def unknown_flag_message(flag: str) -> str:
+    """What to say of a flag that no command knows."""
+    name = flag.split("=")[0]
+    return f"unknown option {name}{_nearest(name, ['--' + entry for entry in flatten(Config())])}"
+
+
+def _nearest(name: str, choices: Any) -> str:
+    found = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.5)
+    return f': did you mean "{found[0]}"?' if found else f": valid are {', '.join(list(choices)[:8])} ..."
+
+
+def _build(settings: Mapping[str, tuple[Any, str]]) -> Config:
+    sections: dict[str, Any] = {}
+    for section, kind in SECTIONS.items():
+        hints = get_type_hints(kind, include_extras=True)
+        values = {}
+        for entry in fields(kind):
+            name = f"{section}.{entry.name}"
+            if name in settings:
+                value, origin = settings[name]
+                values[entry.name] = _convert(hints[entry.name], value, origin)
+        try:
+            sections[section] = kind(**values)
+        except ValueError as error:
+            raise UsageError(str(error)) from None
+    return Config(**sections)
+
+
+def _convert(hint: Any, value: Any, origin: str) -> Any:
+    if hint is str and isinstance(value, int | float) and not isinstance(value, bool):
+        value = str(value)  # a duration may be written as a plain number
+    if isinstance(value, bool) and hint is not bool:
+        raise UsageError(f"{origin} = {str(value).lower()}: expected a value other than true or false")
+    try:
+        converted = TypeAdapter(hint).validate_python(value)
+    except ValidationError as error:
+        first = error.errors()[0]
+        sentence = _SENTENCES.get(first["type"], first["msg"][:1].lower() + first["msg"][1:])
+        shown = repr(value) if isinstance(value, str) else str(value)
+        raise UsageError(f"{origin} = {shown[:80]}: {sentence.format(**first.get('ctx', {}))}") from None
+    if isinstance(converted, float) and converted != converted or converted in (float("inf"), -float("inf")):
+        raise UsageError(f"{origin} = {value}: expected a finite number")
+    return converted

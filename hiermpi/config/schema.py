@@ -1,0 +1,173 @@
+"""Every setting of hiermpi: one frozen dataclass per section, one documented field per setting.
+
+Types and ranges stand in the annotations and are checked by :mod:`hiermpi.config.loading`; what spans several
+fields is checked in ``__post_init__``. The names are a contract: a field is a TOML key, a flag
+``--section.field`` and an environment variable ``HIERMPI_SECTION__FIELD``.
+"""
+
+import re
+from dataclasses import dataclass, field, fields
+from typing import Annotated, Any, Literal
+
+from annotated_types import Ge, Gt, Lt
+
+PositiveInt = Annotated[int, Ge(1)]
+CountOrZero = Annotated[int, Ge(0)]
+PositiveFloat = Annotated[float, Gt(0)]
+FloatOrZero = Annotated[float, Ge(0)]
+Fraction = Annotated[float, Ge(0), Lt(1)]
+
+
+def option(default: Any, text: str) -> Any:
+    """A field with its default and its line of ``--help``."""
+    return field(default=default, metadata={"help": text})
+
+
+def duration_seconds(text: str) -> float:
+    """Seconds in ``text``: plain seconds, ``MM:SS``, ``HH:MM:SS`` or ``D-HH:MM:SS`` as SLURM writes them.
+
+    An empty text is no limit (infinity). Raises ValueError for anything else.
+    """
+    if not text:
+        return float("inf")
+    match = re.fullmatch(r"(?:(\d+)-)?((?:\d+:){0,2}\d+(?:\.\d+)?)", text.strip())
+    if match is None:
+        raise ValueError(f'"{text}" is not a duration: write seconds, HH:MM:SS or D-HH:MM:SS')
+    days, clock = match.groups()
+    seconds = 0.0
+    for part in clock.split(":"):
+        seconds = 60 * seconds + float(part)
+    if days and clock.count(":") < 2:  # SLURM: D-HH and D-HH:MM
+        seconds *= 60 ** (2 - clock.count(":"))
+    return seconds + 86400 * int(days or 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The shape of the model."""
+
+    vocab_size: CountOrZero = option(0, "rows of the token table; 0 takes the data's vocabulary")
+    context_length: PositiveInt = option(256, "tokens per sequence")
+    n_layer: PositiveInt = option(4, "transformer blocks")
+    n_head: PositiveInt = option(4, "attention heads per block")
+    n_embd: PositiveInt = option(128, "width of the residual stream")
+    symmetry_order: Annotated[int, Ge(1), Lt(256)] = option(12, "symmetry groups of the vocabulary")
+    tie_embeddings: bool = option(True, "share the token table with the output layer")
+    dropout: Fraction = option(0.0, "share of activations dropped in training")
+
+    def __post_init__(self) -> None:
+        if self.n_embd % self.n_head:
+            below = self.n_embd - self.n_embd % self.n_head
+            choices = f"{below} or {below + self.n_head}" if below else f"{self.n_head}"
+            raise ValueError(
+                f"model.n_embd = {self.n_embd} is not a multiple of model.n_head = {self.n_head}: use {choices}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How long, on how much, and how often something is told."""
+
+    steps: CountOrZero = option(2000, "optimizer steps of the whole run")
+    batch_size: PositiveInt = option(48, "sequences per step, all ranks together")
+    micro_batch_size: CountOrZero = option(0, "sequences a leaf computes at once; 0 chooses by the context length")
+    eval_interval: CountOrZero = option(250, "steps between two validations; 0 validates at the end only")
+    eval_batches: CountOrZero = option(20, "batches per validation; 0 takes the whole split")
+    log_interval: PositiveInt = option(10, "steps between two lines of the log")
+    seed: CountOrZero = option(1337, "seed of initialisation, data order and dropout")
+    grad_clip: FloatOrZero = option(1.0, "largest gradient norm; 0 does not clip")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW with linear warm-up and cosine decay."""
+
+    learning_rate: PositiveFloat = option(1e-3, "peak learning rate")
+    min_learning_rate: FloatOrZero = option(1e-4, "learning rate after the decay")
+    warmup_steps: CountOrZero = option(100, "steps of linear warm-up")
+    decay_steps: CountOrZero = option(0, "step at which the decay ends; 0 takes train.steps")
+    weight_decay: FloatOrZero = option(0.1, "decoupled decay of matrices (never of one-dimensional tensors)")
+    beta1: Fraction = option(0.9, "decay of the first moment")
+    beta2: Fraction = option(0.99, "decay of the second moment")
+    placement: Literal["root", "sharded"] = option("root", "who applies the optimizer")
+
+    def __post_init__(self) -> None:
+        if self.min_learning_rate > self.learning_rate:
+            raise ValueError(
+                f"optimizer.min_learning_rate = {self.min_learning_rate:g} is above "
+                f"optimizer.learning_rate = {self.learning_rate:g}: lower it"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class HierarchyConfig:
+    """Who computes what, and how gradients are summed."""
+
+    coordinators: Literal["compute", "dedicated"] = option(
+        "compute", "compute: every rank computes; dedicated: only ranks with nobody below them"
+    )
+    routing: Literal["balanced", "dominant", "lift"] = option("balanced", "how sequences find their group")
+    reduction: Literal["auto", "tree", "shared", "flat"] = option("auto", "how gradients are summed")
+    retune: bool = option(False, "time the reductions again instead of reusing the run's choice")
+    reproducible: bool = option(False, "same bits on any number of ranks")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatticeConfig:
+    """Coupling of each token's embedding to its twelve neighbours."""
+
+    coupling: FloatOrZero = option(0.0, "strength of the coupling; 0 is none")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When the run is saved, and what is kept."""
+
+    interval: CountOrZero = option(500, "steps between two checkpoints; 0 saves by time and at the end only")
+    minutes: FloatOrZero = option(15.0, "minutes between two checkpoints; 0 saves by steps and at the end only")
+    keep_last: PositiveInt = option(3, "newest checkpoints kept")
+    keep_every: CountOrZero = option(0, "also keep every checkpoint whose step is a multiple; 0 keeps none")
+    asynchronous: bool = option(True, "write to disk in a thread while training goes on")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """The job around the training."""
+
+    time_limit: str = option("", "stop with a checkpoint after this time: seconds, HH:MM:SS or D-HH:MM:SS")
+    on_failure: Literal["abort", "shrink"] = option("abort", "when a rank dies: end the job, or go on without it")
+    min_ranks: PositiveInt = option(1, "fewest ranks to run on")
+    stall_warn: FloatOrZero = option(60.0, "seconds of waiting after which a rank says so; 0 never")
+    stall_abort: FloatOrZero = option(1800.0, "seconds of waiting after which the job ends; 0 never")
+    threads_per_rank: PositiveInt = option(1, "BLAS threads of each rank")
+
+    def __post_init__(self) -> None:
+        try:
+            duration_seconds(self.time_limit)
+        except ValueError as error:
+            raise ValueError(f"run.time_limit: {error}") from None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """The resolved configuration of a run."""
+
+    model: ModelConfig = ModelConfig()
+    train: TrainConfig = TrainConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    hierarchy: HierarchyConfig = HierarchyConfig()
+    lattice: LatticeConfig = LatticeConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    run: RunConfig = RunConfig()
+
+
+SECTIONS: dict[str, type] = {section.name: section.type for section in fields(Config)}  # type: ignore[misc]
+
+
+def flatten(config: Config) -> dict[str, Any]:
+    """``{"section.field": value}`` of every setting, in the order of the schema."""
+    return {
+        f"{section}.{entry.name}": getattr(getattr(config, section), entry.name)
+        for section, kind in SECTIONS.items()
+        for entry in fields(kind)
+    }

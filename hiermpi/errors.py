@@ -1,0 +1,27 @@
+"""The errors a user can cause or mend, each with its exit code.
+
+Anything that is not a :class:`UserError` is a defect or a broken machine and ends with a report of rank and host.
+"""
+
+EXIT_DONE = 0
+EXIT_ERROR = 1
+EXIT_USAGE = 2
+EXIT_STOPPED = 75  # sysexits.h EX_TEMPFAIL: stopped early with a checkpoint, run me again
+
+
+class UserError(Exception):
+    """Something the user can mend: the message is one sentence that names the thing and what to do."""
+
+    exit_code = EXIT_ERROR
+    everywhere = False
+    """Whether every rank raises it; otherwise the rank that does must end the others."""
+
+
+class UsageError(UserError):
+    """The command line or the configuration is wrong."""
+
+    exit_code = EXIT_USAGE
+
+
+class DamagedFile(UserError):
+    """A file is not what it claims to be: truncated, altered, foreign or of an unknown version."""

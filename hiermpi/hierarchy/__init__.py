@@ -1,0 +1,1 @@
+"""Who is who and who gets what: arithmetic on (n, size, rank), without MPI."""

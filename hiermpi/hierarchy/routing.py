@@ -1,0 +1,119 @@
+"""Routing: which leaf computes which sequence of a batch.
+
+It decides *who computes*, never *what is computed*. The affinity of a sequence to a group is the number of its
+tokens in the group's symmetry classes.
+
+- ``dominant``: the group with the most tokens in the sequence (the original's rule). Real text collapses under it.
+- ``lift``: the group most over-represented against the corpus' own frequencies.
+- ``balanced``: the assignment of greatest total affinity with every group within its capacity, found exactly.
+
+Within a bin, units go to the leaves in turn, so that leaves of a bin differ by at most one unit.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hiermpi.hierarchy.topology import Topology
+from hiermpi.hierarchy.transport import assign
+
+
+class Routing(NamedTuple):
+    """Where the sequences of one batch go."""
+
+    leaf: NDArray[np.int64]
+    """(B,) rank that computes each sequence."""
+    bin: NDArray[np.int64]
+    """(B,) group of each sequence; G for the root's own bin."""
+    own_tokens: int
+    """Tokens that are computed in the group of their own symmetry class."""
+
+
+class Router:
+    """Routes batches for one topology.
+
+    Args:
+        topology: the ranks.
+        mode: ``balanced``, ``dominant`` or ``lift``.
+        group_of_token: (V,) symmetry class of each token id.
+        counts: (V,) corpus frequency of each token id (used by ``lift``).
+        unit_size: sequences, by position in the batch, that are routed as one.
+    """
+
+    def __init__(
+        self,
+        topology: Topology,
+        mode: str,
+        group_of_token: NDArray[np.uint8],
+        counts: NDArray[np.integer],
+        unit_size: int = 1,
+    ) -> None:
+        self.topology = topology
+        self.mode = mode
+        self.unit_size = unit_size
+        self.group_of_token = topology.group_of_class[group_of_token]
+        weight = np.bincount(self.group_of_token, weights=counts, minlength=max(topology.n_groups, 1))
+        self.frequency = weight / max(weight.sum(), 1.0)
+        self.loads = np.zeros(topology.n_groups + 1, np.int64)
+        """Sequences that each bin has received so far."""
+
+    def route(self, tokens: NDArray[np.int32]) -> Routing:
+        """Route the (B, T) token ids of one batch; entries below 0 are padding."""
+        n = len(tokens)
+        topology = self.topology
+        if topology.size == 1:
+            return Routing(np.zeros(n, np.int64), np.zeros(n, np.int64), int((tokens >= 0).sum()))
+        affinity = self.affinity(tokens)
+        units = np.add.reduceat(affinity, np.arange(0, n, self.unit_size), axis=0)
+        unit_bin = self._bins(units)
+        unit_leaf = leaves_in_turn(unit_bin, topology.bins)
+        unit_of = np.arange(n) // self.unit_size
+        chosen = unit_bin[unit_of]
+        own = np.append(affinity, np.zeros((n, 1), np.int64), axis=1)[np.arange(n), chosen]
+        return Routing(unit_leaf[unit_of], chosen, int(own.sum()))
+
+    def record(self, routing: Routing) -> None:
+        """Count the batch into :attr:`loads`: called once per committed step."""
+        self.loads += np.bincount(routing.bin, minlength=len(self.loads))
+
+    def affinity(self, tokens: NDArray[np.int32]) -> NDArray[np.int64]:
+        """(B, G) number of tokens of each group in each sequence."""
+        n, groups = len(tokens), self.topology.n_groups
+        present = tokens >= 0
+        cell = self.group_of_token[np.where(present, tokens, 0)] + groups * np.arange(n)[:, None]
+        return np.bincount(cell[present], minlength=n * groups).reshape(n, groups)
+
+    def _bins(self, affinity: NDArray[np.int64]) -> NDArray[np.int64]:
+        if self.mode == "dominant":
+            return affinity.argmax(axis=1)
+        if self.mode == "lift":
+            expected = np.where(self.frequency > 0, self.frequency, 1.0)
+            return (affinity / expected).argmax(axis=1)
+        leaves = np.array([len(members) for members in self.topology.bins])
+        per_leaf = -(-len(affinity) // leaves.sum())
+        with_root = np.append(affinity, np.zeros((len(affinity), 1), np.int64), axis=1)
+        return assign(with_root, leaves * per_leaf).astype(np.int64)
+
+
+def leaves_in_turn(bins: NDArray[np.integer], leaves: Sequence[Sequence[int]]) -> NDArray[np.int64]:
+    """Leaf of each unit: the units of a bin go to its leaves in turn, in the order of the batch.
+
+    Args:
+        bins: (n,) bin of each unit.
+        leaves: ranks of each bin.
+    """
+    leaf = np.empty(len(bins), np.int64)
+    for index, members in enumerate(leaves):
+        mine = np.flatnonzero(bins == index)
+        if len(mine):
+            leaf[mine] = np.asarray(members)[np.arange(len(mine)) % len(members)]
+    return leaf
+
+
+def even_leaves(n: int, topology: Topology) -> NDArray[np.int64]:
+    """(n,) leaf of each sequence when they are dealt out evenly, whatever their tokens (evaluation)."""
+    ranks = [rank for members in topology.bins for rank in members]
+    bounds = np.array([n * i // len(ranks) for i in range(len(ranks) + 1)])
+    return np.repeat(np.asarray(ranks, np.int64), np.diff(bounds))

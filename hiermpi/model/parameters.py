@@ -1,0 +1,115 @@
+"""One contiguous vector for all parameters, with named tensors as views into it.
+
+So a reduction needs no packing, the optimizer is one pass, and a checkpoint is a few datasets. Gradients and
+moments are vectors of the same layout.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from math import prod
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+ALIGNMENT = 64
+"""Bytes: every tensor starts on a cache line, whatever the element type."""
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A named tensor of a model."""
+
+    name: str
+    shape: tuple[int, ...]
+    decay: bool = False
+    """Whether weight decay applies."""
+    symmetry_rows: bool = False
+    """Whether axis 0 is the token table's, ordered by symmetry class."""
+
+    @property
+    def size(self) -> int:
+        return prod(self.shape)
+
+
+def aligned_empty(size: int, dtype: DTypeLike) -> NDArray:
+    """An uninitialised 1-D array of ``size`` elements whose first byte is aligned to :data:`ALIGNMENT`."""
+    nbytes = size * np.dtype(dtype).itemsize
+    raw = np.empty(nbytes + ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % ALIGNMENT
+    return raw[start : start + nbytes].view(dtype)
+
+
+class ParameterLayout:
+    """Where each tensor stands in the vector. Allocates nothing.
+
+    Args:
+        specs: the tensors, in their order within the vector.
+
+    Between tensors the vector has padding (zeros) up to the next cache line.
+    """
+
+    def __init__(self, specs: Sequence[TensorSpec]) -> None:
+        self.specs = tuple(specs)
+        unit = ALIGNMENT // 4  # by float32, so that layouts of all types agree
+        self.offsets: dict[str, int] = {}
+        end = 0
+        for spec in self.specs:
+            self.offsets[spec.name] = end
+            end += -(-spec.size // unit) * unit
+        self.size = end
+
+    @property
+    def count(self) -> int:
+        """Number of parameters, padding not counted."""
+        return sum(spec.size for spec in self.specs)
+
+    def decay_ranges(self) -> Iterator[tuple[int, int, bool]]:
+        """(start, stop, decay) of maximal runs of tensors that agree on ``decay``, covering the vector."""
+        runs: list[tuple[int, int, bool]] = []
+        bounds = [self.offsets[spec.name] for spec in self.specs] + [self.size]
+        for spec, start, stop in zip(self.specs, bounds[:-1], bounds[1:], strict=True):
+            if runs and runs[-1][2] == spec.decay:
+                runs[-1] = (runs[-1][0], stop, spec.decay)
+            else:
+                runs.append((start, stop, spec.decay))
+        yield from runs
+
+
+class ParameterBuffer(ParameterLayout):
+    """A flat vector and its named views.
+
+    Args:
+        specs: the tensors, in their order within the vector.
+        dtype: element type (float32 in training, float64 in gradient checks).
+        storage: 1-D array of :attr:`size` elements to use instead of new memory.
+    """
+
+    def __init__(
+        self, specs: Sequence[TensorSpec], dtype: DTypeLike = np.float32, storage: NDArray | None = None
+    ) -> None:
+        super().__init__(specs)
+        self.dtype = np.dtype(dtype)
+        end = self.size
+        if storage is None:
+            storage = aligned_empty(end, self.dtype)
+            storage[:] = 0
+        if storage.shape != (end,) or storage.dtype != self.dtype:
+            raise ValueError(f"storage is {storage.dtype}{storage.shape}, expected {self.dtype}({end},)")
+        self.vector = storage
+        self.tensors = self.views(storage)
+
+    def views(self, vector: NDArray) -> dict[str, NDArray]:
+        """Named views into another vector of this layout (gradients, moments)."""
+        return {
+            spec.name: vector[self.offsets[spec.name] : self.offsets[spec.name] + spec.size].reshape(spec.shape)
+            for spec in self.specs
+        }
+
+    def __getitem__(self, name: str) -> NDArray:
+        return self.tensors[name]
+
+    def new_vector(self) -> NDArray:
+        """A zeroed vector of this layout."""
+        vector = aligned_empty(self.size, self.dtype)
+        vector[:] = 0
+        return vector

@@ -1,0 +1,1 @@
+"""The trainer: where model, hierarchy, communication and storage meet."""

@@ -1,0 +1,124 @@
+"""The root's side of a batch: draw, read, route, map to rows; and a leaf's side: rows to micro-batches."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hiermpi.data.rows import pack_rows, unpack_rows
+from hiermpi.data.sampling import Sampler, evaluation_windows
+from hiermpi.hierarchy.routing import Router, Routing
+from hiermpi.model.contract import IGNORED_TARGET, Batch
+
+
+class TokenSource(Protocol):
+    """What a batch source needs of a dataset."""
+
+    def length(self, split: str) -> int:
+        """Tokens in ``split``."""
+
+    def read(self, split: str, starts: NDArray[np.int64], length: int) -> NDArray[np.int32]:
+        """(len(starts), length) token ids of ``split``."""
+
+
+@dataclass(frozen=True)
+class PreparedBatch:
+    """A batch that is ready to leave the root."""
+
+    cursor: int
+    """Of the sampler, before this batch."""
+    next_cursor: int
+    rows: NDArray[np.int32]
+    routing: Routing
+
+
+class BatchSource:
+    """Prepares the batches of a training run, one ahead.
+
+    Args:
+        tokens: the dataset.
+        sampler: which sequences come when.
+        router: which leaf computes them.
+        row_of_token: (V,) row of the model's table for each token id.
+        batch_size: sequences per batch.
+    """
+
+    def __init__(
+        self,
+        tokens: TokenSource,
+        sampler: Sampler,
+        router: Router,
+        row_of_token: NDArray[np.integer],
+        batch_size: int,
+    ) -> None:
+        self.tokens = tokens
+        self.sampler = sampler
+        self.router = router
+        self.row_of_token = row_of_token.astype(np.int32)
+        self.batch_size = batch_size
+        self._ready: PreparedBatch | None = None
+
+    def take(self, cursor: int) -> PreparedBatch:
+        """The batch at ``cursor``; at once if :meth:`prepare` was called for it."""
+        self.prepare(cursor)
+        assert self._ready is not None
+        return self._ready
+
+    def prepare(self, cursor: int) -> None:
+        """Have the batch at ``cursor`` ready."""
+        if self._ready is not None and self._ready.cursor == cursor:
+            return
+        drawn = self.sampler.draw(cursor, self.batch_size)
+        tokens = self.tokens.read("train", drawn.starts, self.sampler.context_length + 1)
+        routing = self.router.route(tokens[:, :-1])
+        rows = pack_rows(drawn.sequence_ids, self.row_of_token[tokens])
+        self._ready = PreparedBatch(cursor, cursor + len(rows), rows, routing)
+
+
+class EvaluationSource:
+    """The windows over which a split is evaluated, as rows.
+
+    Args:
+        tokens: the dataset.
+        split: ``train`` or ``val``.
+        context_length: targets per window, T.
+        row_of_token: (V,) row of the model's table for each token id.
+        limit: most windows; 0 covers the whole split.
+    """
+
+    def __init__(
+        self,
+        tokens: TokenSource,
+        split: str,
+        context_length: int,
+        row_of_token: NDArray[np.integer],
+        limit: int = 0,
+    ) -> None:
+        self.tokens = tokens
+        self.split = split
+        self.context_length = context_length
+        self.row_of_token = row_of_token.astype(np.int32)
+        self.windows = evaluation_windows(tokens.length(split), context_length, limit)
+
+    def __len__(self) -> int:
+        return len(self.windows.starts)
+
+    def rows(self, first: int, last: int) -> NDArray[np.int32]:
+        """(last - first, 2 + T + 1) rows of windows ``first`` to ``last``, padded with -1."""
+        starts, lengths = self.windows.starts[first:last], self.windows.lengths[first:last]
+        tokens = np.full((len(starts), self.context_length + 1), -1, np.int32)
+        full = lengths == self.context_length
+        if full.any():
+            tokens[full] = self.row_of_token[self.tokens.read(self.split, starts[full], self.context_length + 1)]
+        for index in np.flatnonzero(~full):
+            length = int(lengths[index]) + 1
+            tokens[index, :length] = self.row_of_token[self.tokens.read(self.split, starts[index : index + 1], length)]
+        return pack_rows(np.arange(first, first + len(starts)), tokens)
+
+
+def rows_to_batch(rows: NDArray[np.int32], seed: int, step: int) -> Batch:
+    """The model's view of the rows that a leaf received; entries below 0 become ignored targets."""
+    ids, tokens = unpack_rows(rows)
+    targets = np.where(tokens[:, 1:] < 0, IGNORED_TARGET, tokens[:, 1:])
+    return Batch(np.maximum(tokens[:, :-1], 0), targets, ids, seed, step)

@@ -1,0 +1,49 @@
+"""A model from a checkpoint, for the commands that use one."""
+
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hiermpi.config.schema import ModelConfig
+from hiermpi.errors import DamagedFile, UserError
+from hiermpi.model.transformer import Transformer, transformer_specs
+from hiermpi.storage.checkpoint import Checkpoint, load_checkpoint
+from hiermpi.storage.run_folder import RunFolder
+
+
+def open_checkpoint(source: Path) -> Checkpoint:
+    """The checkpoint in file ``source``, or the newest whole one of the run in folder ``source``, without moments."""
+    if not source.is_dir():
+        return load_checkpoint(source, with_moments=False)
+    found = RunFolder(source).checkpoints.newest_valid()
+    if found is None:
+        raise UserError(f"{source} holds no checkpoint: name a run folder of hiermpi train, or a checkpoint file")
+    return found[1]
+
+
+def load_model(checkpoint: Checkpoint, symmetry_group: NDArray[np.uint8] | None = None) -> Transformer:
+    """The model of ``checkpoint`` with its parameters. Raises DamagedFile where tensors do not fit the shape."""
+    prefix = "model."
+    shape = {name.removeprefix(prefix): value for name, value in checkpoint.config.items() if name.startswith(prefix)}
+    try:
+        config = ModelConfig(**shape)
+        expected = {spec.name: spec.shape for spec in transformer_specs(config)}
+    except (TypeError, ValueError) as error:
+        raise DamagedFile(f"the checkpoint's model settings are not valid: {error}") from None
+    found = {name: tensor.shape for name, tensor in checkpoint.parameters.items()}
+    if found != expected:
+        names = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+        raise DamagedFile(f"the checkpoint's tensors do not fit its model settings: {', '.join(names[:4])}")
+    groups = symmetry_table(symmetry_group, config)
+    model = Transformer(config, groups)
+    model.load_token_order(checkpoint.parameters, model.parameters.vector)
+    return model
+
+
+def symmetry_table(symmetry_group: NDArray[np.uint8] | None, config: ModelConfig) -> NDArray[np.uint8]:
+    """(V,) class of each row of a table that may be larger than the data's vocabulary."""
+    groups = (np.arange(config.vocab_size) % config.symmetry_order).astype(np.uint8)
+    if symmetry_group is not None:
+        groups[: len(symmetry_group)] = symmetry_group[: config.vocab_size]
+    return groups

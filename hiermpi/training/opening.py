@@ -1,0 +1,132 @@
+"""What rank 0 checks and opens before any work: configuration, dataset, run folder, checkpoint to resume."""
+
+import argparse
+import dataclasses
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from hiermpi.config.loading import load_config
+from hiermpi.config.schema import Config, flatten
+from hiermpi.data.sampling import Sampler
+from hiermpi.errors import UsageError
+from hiermpi.storage.checkpoint import Checkpoint, load_checkpoint
+from hiermpi.storage.dataset import TokenDataset, open_dataset
+from hiermpi.storage.run_folder import RunFolder
+
+FIXED_SETTINGS = ("model.", "train.batch_size", "train.seed")
+"""Settings that a resumed run may not change; any other may, and the change is logged."""
+
+logger = logging.getLogger("hiermpi")
+
+
+@dataclass
+class OpenedRun:
+    """Everything that rank 0 holds for a run."""
+
+    config: Config
+    """Resolved: the vocabulary size is the model's."""
+    dataset: TokenDataset
+    folder: RunFolder
+    checkpoint: Checkpoint | None
+    """Where to go on from; None starts afresh."""
+    finished: bool
+    """The run is already done, there is nothing to do."""
+
+
+def open_run(arguments: argparse.Namespace, n_ranks: int) -> OpenedRun:
+    """Open the run that the command line names. Raises UserError before anything is changed."""
+    config = load_config(arguments, os.environ)
+    refuse_unavailable(config)
+    if config.run.min_ranks > n_ranks:
+        raise UsageError(f"run.min_ranks = {config.run.min_ranks}, but there are {n_ranks} ranks: start more")
+    dataset = open_dataset(arguments.data)
+    config = fit_to_data(config, dataset)
+    folder = RunFolder(arguments.run)
+    folder.prepare()
+    checkpoint = find_checkpoint(folder, arguments.resume)
+    if checkpoint is not None:
+        require_same_run(config, dataset, checkpoint)
+    done = checkpoint is not None and folder.is_done() and checkpoint.step >= config.train.steps
+    return OpenedRun(config, dataset, folder, checkpoint, done)
+
+
+def refuse_unavailable(config: Config) -> None:
+    """Refuse settings that this version knows by name only. Raises UsageError."""
+    for name, unavailable, instead in (
+        ("hierarchy.reduction", "shared", "use tree, flat or auto"),
+        ("hierarchy.reproducible", True, "leave it false"),
+        ("optimizer.placement", "sharded", "use root"),
+        ("run.on_failure", "shrink", "use abort, and start the same command again after a failure"),
+    ):
+        value = flatten(config)[name]
+        if value == unavailable:
+            shown = str(value).lower() if isinstance(value, bool) else value
+            raise UsageError(f"{name} = {shown} is not available in this version: {instead}")
+    if config.lattice.coupling:
+        raise UsageError("lattice.coupling is not available in this version: leave it 0")
+
+
+def fit_to_data(config: Config, dataset: TokenDataset) -> Config:
+    """``config`` with the vocabulary size resolved. Raises UsageError where model and data do not agree."""
+    model = config.model
+    if model.symmetry_order != dataset.symmetry_order:
+        raise UsageError(
+            f"model.symmetry_order = {model.symmetry_order}, but {dataset.path} was prepared with "
+            f"{dataset.symmetry_order}: make them equal, or prepare the data again"
+        )
+    if model.vocab_size and model.vocab_size < dataset.vocab_size:
+        raise UsageError(
+            f"model.vocab_size = {model.vocab_size} is below the {dataset.vocab_size} tokens of {dataset.path}: "
+            "use 0 to take the data's"
+        )
+    try:
+        Sampler(dataset.length("train"), model.context_length, 0)
+    except ValueError as error:
+        raise UsageError(f"{dataset.path}: {error}") from None
+    vocab_size = model.vocab_size or dataset.vocab_size
+    return dataclasses.replace(config, model=dataclasses.replace(model, vocab_size=vocab_size))
+
+
+def find_checkpoint(folder: RunFolder, resume: str) -> Checkpoint | None:
+    """The checkpoint that ``--resume`` asks for. Raises UserError where it is missing, damaged or in the way."""
+    existing = folder.checkpoints.newest_valid() if resume != "none" else None
+    if resume == "auto":
+        return existing[1] if existing else None
+    if resume == "none":
+        if folder.checkpoints.list():
+            raise UsageError(
+                f"{folder.path} already holds checkpoints: leave out --resume none to go on, or name another --run"
+            )
+        return None
+    checkpoint = load_checkpoint(Path(resume))
+    folder.checkpoints.set_aside_after(checkpoint.step)
+    return checkpoint
+
+
+def require_same_run(config: Config, dataset: TokenDataset, checkpoint: Checkpoint) -> None:
+    """Refuse to resume into another model, batch, seed or dataset; log what else has changed."""
+    if checkpoint.dataset_sha256 != dataset.sha256:
+        raise UsageError(
+            f"the run was trained on a dataset with SHA-256 {checkpoint.dataset_sha256[:16]}..., {dataset.path} has "
+            f"{dataset.sha256[:16]}...: name the same dataset, or another --run"
+        )
+    now = flatten(config)
+    for name, before in checkpoint.config.items():
+        if name not in now or now[name] == before:
+            continue
+        if name.startswith(FIXED_SETTINGS):
+            raise UsageError(
+                f"{name} = {now[name]}, but the run was started with {before}: use the same, or name another --run"
+            )
+        logger.info("%s changes from %s to %s", name, before, now[name])
+
+
+def describe_start(opened: OpenedRun) -> str:
+    """One line: afresh, or from where."""
+    if opened.checkpoint is None:
+        return f"starting {opened.folder.path}"
+    return f"continuing {opened.folder.path} after step {opened.checkpoint.step} of {opened.config.train.steps}"
+
+

@@ -1,0 +1,310 @@
+"""A training run from its command line to its exit code, on every rank."""
+
+import argparse
+import logging
+import socket
+import sys
+from dataclasses import dataclass
+
+from mpi4py import MPI
+from numpy.typing import NDArray
+
+from hiermpi.communication.communicators import Communicators
+from hiermpi.communication.leaving import set_error_sink
+from hiermpi.communication.objects import agree, broadcast_object
+from hiermpi.communication.reduction import Reduction, make_reduction
+from hiermpi.communication.scatter import BatchScatter
+from hiermpi.communication.waiting import Waiter
+from hiermpi.config.schema import Config, duration_seconds
+from hiermpi.errors import EXIT_DONE, EXIT_STOPPED
+from hiermpi.hierarchy.routing import Router
+from hiermpi.data.rows import ID_COLUMNS
+from hiermpi.data.sampling import Sampler
+from hiermpi.model.transformer import Transformer
+from hiermpi.optimizer.optimizer import Optimizer, OptimizerSettings
+from hiermpi.training.batches import BatchSource, EvaluationSource
+from hiermpi.training.evaluation import Evaluation
+from hiermpi.training.evaluator import Evaluator
+from hiermpi.training.faults import Fault, parse_faults
+from hiermpi.training.phases import Phases
+from hiermpi.training.stopping import StopRequests
+from hiermpi.training.summary import gather_ranks, load_lines, phase_table
+from hiermpi.training.trainer import Progress, Trainer
+
+# Rank 0 alone imports the storage layer (opening, recording): h5py is paid once, not once per rank.
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from hiermpi.training.opening import OpenedRun
+    from hiermpi.training.recording import Recorder, Saver
+
+logger = logging.getLogger("hiermpi")
+
+
+@dataclass(frozen=True)
+class Start:
+    """What rank 0 tells the others before work begins."""
+
+    config: Config
+    run: str
+    finished: bool
+    step: int
+    cursor: int
+    skipped: int
+    faults: tuple[Fault, ...]
+
+
+def train(arguments: argparse.Namespace, world: MPI.Comm) -> int:
+    """Run ``hiermpi train``; return its exit code. Collective over ``world``."""
+    opened, start = open_everywhere(arguments, world)
+    if start.finished:
+        if opened is not None:
+            print(f"{start.run} is done at step {start.step}: a larger --train.steps continues it")
+        return EXIT_DONE
+    set_error_sink(write_error_to(start.run))
+    config = start.config
+    comms = Communicators(
+        world,
+        config.model.symmetry_order,
+        config.hierarchy.coordinators,
+        config.run.stall_warn,
+        config.run.stall_abort,
+    )
+    session = Session(start, comms, opened)
+    code = session.run()
+    comms.free()
+    return code
+
+
+def open_everywhere(arguments: argparse.Namespace, world: MPI.Comm) -> tuple["OpenedRun | None", Start]:
+    """Open the run on rank 0 and tell every rank; an error there is raised everywhere. Collective over ``world``."""
+    import os
+
+    opened, start, error = None, None, None
+    if world.rank == 0:
+        from hiermpi.training.opening import describe_start, open_run
+
+        try:
+            faults = parse_faults(os.environ)
+            opened = open_run(arguments, world.size)
+            saved = opened.checkpoint
+            start = Start(
+                opened.config,
+                str(arguments.run),
+                opened.finished,
+                saved.step if saved else 0,
+                saved.cursor if saved else 0,
+                saved.skipped_steps if saved else 0,
+                faults,
+            )
+            if not opened.finished:
+                logger.info("%s", describe_start(opened))
+        except Exception as caught:  # noqa: BLE001  (raised on all ranks by agree)
+            error = caught
+    waiter = Waiter()
+    agree(world, error, waiter)
+    return opened, broadcast_object(world, start, waiter)
+
+
+def write_error_to(run: str):  # noqa: ANN201
+    """A sink for tracebacks that writes into the run folder."""
+
+    def sink(rank: int, text: str) -> str:
+        from hiermpi.storage.run_folder import RunFolder
+
+        return str(RunFolder(run).write_error(rank, text))
+
+    return sink
+
+
+class Session:
+    """Everything a rank holds during a run. Its constructor and methods are collective over the hierarchy.
+
+    Args:
+        start: from rank 0.
+        comms: the hierarchy.
+        opened: at the root, what it opened.
+    """
+
+    def __init__(self, start: Start, comms: Communicators, opened: "OpenedRun | None") -> None:
+        self.start = start
+        self.comms = comms
+        self.opened = opened
+        self.config = config = start.config
+        self.reduction: Reduction = make_reduction(config.hierarchy.reduction, comms)
+        self.phases = Phases(comms.rank, comms.waiter, start.faults)
+        self.progress = Progress(start.step, start.cursor, start.skipped)
+        self.stopping = self._stop_requests()
+        self.model = self._model()
+        self.settings = OptimizerSettings(config.optimizer, config.train.grad_clip, config.train.steps)
+        self.optimizer = self._optimizer() if opened else None
+        self._share_parameters()
+        scatter = BatchScatter(comms, ID_COLUMNS + config.model.context_length + 1)
+        self.trainer = Trainer(
+            config,
+            comms,
+            self.model,
+            self.reduction,
+            scatter,
+            self.phases,
+            self.stopping,
+            self.progress,
+            self.settings.learning_rate,
+            self._source(),
+            self.optimizer,
+        )
+        self.evaluator = Evaluator(
+            self.model,
+            comms,
+            scatter,
+            self._evaluation_source(),
+            max(config.train.batch_size, comms.topology.n_leaves),
+            self.stopping.requested,
+        )
+
+    def run(self) -> int:
+        """Train to the end or to a request to stop; return the exit code."""
+        recorder, saver = self._recording()
+        stopped, evaluation = self._loop(recorder, saver)
+        if not stopped and evaluation is None:
+            evaluation = self.evaluator.evaluate()
+            stopped = evaluation is None
+        with self.phases("checkpoint"):
+            self._save(recorder, saver, final=True)
+        self._finish(recorder, saver, stopped, evaluation)
+        return EXIT_STOPPED if stopped else EXIT_DONE
+
+    def _loop(self, recorder: "Recorder | None", saver: "Saver | None") -> tuple[bool, Evaluation | None]:
+        train = self.config.train
+        while self.progress.step < train.steps:
+            result = self.trainer.step()
+            stop, evaluation = result.stop, None
+            last = result.step == train.steps
+            if last or (train.eval_interval and result.step % train.eval_interval == 0):
+                with self.phases("evaluate"):
+                    evaluation = self.evaluator.evaluate()
+                stop = stop or evaluation is None
+            if recorder:
+                recorder.record(result, evaluation)
+            if last and evaluation is not None:
+                return False, evaluation
+            if stop:
+                return True, None
+            if saver and saver.due():
+                with self.phases("checkpoint"):
+                    self._save(recorder, saver)
+        return False, None
+
+    def _save(self, recorder: "Recorder | None", saver: "Saver | None", final: bool = False) -> None:
+        """Save at the root; with ``final`` all ranks wait until it is on disk, and a failure is everyone's."""
+        error = None
+        try:
+            if recorder and saver:
+                saver.save(recorder.last_loss)
+                if final:
+                    saver.finish()
+        except Exception as caught:  # noqa: BLE001  (raised on all ranks by agree)
+            error = caught
+            if not final:
+                logger.error("%s; training goes on, the next checkpoint tries again", caught)
+        if final:
+            agree(self.comms.world, error, self.comms.waiter)
+
+    def _finish(
+        self, recorder: "Recorder | None", saver: "Saver | None", stopped: bool, evaluation: Evaluation | None
+    ) -> None:
+        records = gather_ranks(self.trainer, self.comms, socket.gethostname())
+        if not (records and recorder and saver and self.opened and self.trainer.source):
+            return
+        folder = self.opened.folder
+        folder.write_ranks(records)
+        lines = self._result_lines(recorder.last_loss, stopped, evaluation)
+        lines += ["", *phase_table(records)]
+        computes_on_root = self.comms.topology.is_leaf(0)
+        lines += load_lines(self.trainer.source.router.loads.tolist(), computes_on_root)
+        lines += ["", f"{'checkpoint':20}{saver.finish()}"]
+        if stopped:
+            folder.clear_stop()
+            lines.append(f"{'next':20}the same command again continues")
+        else:
+            folder.mark_done(f"step {self.progress.step}\n")
+            lines.append(f"{'next':20}hiermpi evaluate {folder.path} --data {self.opened.dataset.path}")
+        print("\n".join(lines))
+        sys.stdout.flush()
+
+    def _result_lines(self, loss: float, stopped: bool, evaluation: Evaluation | None) -> list[str]:
+        progress = self.progress
+        what = f"stopped by {self.stopping.reason or 'a signal on another rank'}" if stopped else "done"
+        lines = [f"{what} after step {progress.step} of {self.config.train.steps}", f"{'loss':20}{loss:.4f} nats"]
+        if evaluation and self.opened:
+            dataset = self.opened.dataset
+            bits = evaluation.bits_per_byte(dataset.length("val") / max(dataset.val_bytes, 1))
+            lines.append(f"{'validation':20}{evaluation.loss:.4f} nats per token, {bits:.3f} bits per byte")
+        if progress.skipped:
+            lines.append(f"{'skipped steps':20}{progress.skipped}")
+        return lines
+
+    def _stop_requests(self) -> StopRequests:
+        if self.opened is None:
+            return StopRequests()
+        return StopRequests(self.opened.folder.stop_requested, duration_seconds(self.config.run.time_limit))
+
+    def _model(self) -> Transformer:
+        """The model, with room for its parameters on every rank."""
+        groups = symmetry_table(self.opened.dataset.symmetry_group if self.opened else None, self.config.model)
+        self.reduction.broadcast(groups)
+        error, model = None, None
+        try:
+            model = Transformer(self.config.model, groups, micro_batch_size=self.config.train.micro_batch_size)
+        except MemoryError as caught:
+            error = caught
+        agree(self.comms.world, error, self.comms.waiter)
+        assert model is not None
+        return model
+
+    def _optimizer(self) -> Optimizer:
+        """Moments and parameters, from the checkpoint or initialised (root only)."""
+        assert self.opened is not None
+        model, saved = self.model, self.opened.checkpoint
+        optimizer = Optimizer(model.parameters, self.settings, model.symmetry.class_bounds)
+        if saved is None:
+            model.initialize(self.config.train.seed)
+            return optimizer
+        model.load_token_order(saved.parameters, model.parameters.vector)
+        model.load_token_order(saved.m, optimizer.m)
+        model.load_token_order(saved.v, optimizer.v)
+        optimizer.count = saved.adam_count
+        return optimizer
+
+    def _share_parameters(self) -> None:
+        self.reduction.broadcast(self.model.parameters.vector)
+
+    def _source(self) -> BatchSource | None:
+        if self.opened is None:
+            return None
+        dataset, config = self.opened.dataset, self.config
+        sampler = Sampler(dataset.length("train"), config.model.context_length, config.train.seed)
+        router = Router(self.comms.topology, config.hierarchy.routing, dataset.symmetry_group, dataset.counts)
+        return BatchSource(dataset, sampler, router, self.model.symmetry.row_of_token, config.train.batch_size)
+
+    def _evaluation_source(self) -> EvaluationSource | None:
+        if self.opened is None:
+            return None
+        limit = self.config.train.eval_batches * self.config.train.batch_size
+        rows: NDArray[np.integer] = self.model.symmetry.row_of_token
+        return EvaluationSource(self.opened.dataset, "val", self.config.model.context_length, rows, limit)
+
+    def _recording(self) -> "tuple[Recorder | None, Saver | None]":
+        """The root's recorder and saver, with the run folder brought back to the resumed step."""
+        if self.opened is None or self.optimizer is None:
+            return None, None
+        from hiermpi.config.loading import config_to_toml
+        from hiermpi.training.recording import Recorder, Saver
+
+        folder, config = self.opened.folder, self.config
+        folder.clear_done()
+        folder.clear_stop()
+        folder.write_config(config_to_toml(config))
+        folder.truncate_metrics(self.progress.step)
+        recorder = Recorder(folder, config, self.progress.step, self.phases)
+        saver = Saver(folder, config, self.opened.dataset, self.model, self.optimizer, self.progress)
+        return recorder, saver

@@ -1,0 +1,241 @@
+"""One training step on the hierarchy, and the loop around it.
+
+A step reads as the method does: batch, scatter, compute, reduce, optimize, broadcast, commit. It is a
+transaction: until :meth:`Trainer.commit` nothing but scratch has changed on any rank but the root's parameters and
+moments, and those only after every leaf has reported finite gradients.
+"""
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import isfinite
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hiermpi.communication.communicators import Communicators
+from hiermpi.communication.objects import gather_objects
+from hiermpi.communication.reduction import Reduction
+from hiermpi.communication.scatter import BatchScatter
+from hiermpi.config.schema import Config
+from hiermpi.data.rows import ID_COLUMNS, unpack_rows
+from hiermpi.errors import UserError
+from hiermpi.model.contract import Model
+from hiermpi.optimizer.optimizer import Optimizer
+from hiermpi.training.batches import BatchSource, PreparedBatch, rows_to_batch
+from hiermpi.training.phases import Phases
+from hiermpi.training.stopping import StopRequests
+
+MOST_SKIPPED_IN_A_ROW = 10
+
+logger = logging.getLogger("hiermpi")
+
+
+@dataclass
+class Progress:
+    """Where the run stands: that of the last committed step."""
+
+    step: int = 0
+    """Steps finished, skipped ones included."""
+    cursor: int = 0
+    """Sequences drawn by them."""
+    skipped: int = 0
+    """Steps that were skipped for a non-finite loss or gradient."""
+    skipped_in_a_row: int = 0
+
+
+class Verdict(NamedTuple):
+    """What the root decided on a step, known to every rank. All are float64, so that it travels as one vector."""
+
+    applied: float
+    stop: float
+    loss: float
+    grad_norm: float
+    tokens: float
+    bad_leaves: float
+
+
+class StepResult(NamedTuple):
+    """A committed step, as every rank knows it."""
+
+    step: int
+    loss: float
+    grad_norm: float
+    tokens: int
+    learning_rate: float
+    seconds: float
+    applied: bool
+    stop: bool
+
+
+class Trainer:
+    """Runs steps. Every rank has one and calls the same methods; what a rank does follows from its data.
+
+    Args:
+        config: resolved, the same on every rank.
+        comms: the hierarchy.
+        model: on every rank, with equal parameters.
+        reduction: how sums go up and parameters down.
+        scatter: how rows go down.
+        phases: where time is accounted.
+        stopping: this rank's requests to stop.
+        progress: where the run stands, the same on every rank.
+        learning_rate: of a step, by the number of steps finished before it.
+        source: the batches (root only).
+        optimizer: (root only).
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        comms: Communicators,
+        model: Model,
+        reduction: Reduction,
+        scatter: BatchScatter,
+        phases: Phases,
+        stopping: StopRequests,
+        progress: Progress,
+        learning_rate: Callable[[int], float],
+        source: BatchSource | None = None,
+        optimizer: Optimizer | None = None,
+    ) -> None:
+        self.config = config
+        self.comms = comms
+        self.model = model
+        self.reduction = reduction
+        self.scatter = scatter
+        self.phases = phases
+        self.stopping = stopping
+        self.progress = progress
+        self.learning_rate = learning_rate
+        self.source = source
+        self.optimizer = optimizer
+        self.gradients = model.parameters.new_vector()
+        self.sequences = 0
+        """Sequences that this rank has computed."""
+        self.tokens = 0
+        """Target tokens that this rank has computed."""
+        self._complaint = ""
+
+    def step(self) -> StepResult:
+        """Do one step. Collective over the hierarchy.
+
+        Raises:
+            UserError: on every rank, after too many skipped steps in a row.
+        """
+        start = time.perf_counter()
+        phases, progress = self.phases, self.progress
+        phases.step = progress.step + 1
+        with phases("batch"):
+            batch = self.source.take(progress.cursor) if self.source else None
+        with phases("scatter"):
+            rows = self.scatter.scatter(*((batch.rows, batch.routing.leaf) if batch else (None, None)))
+        with phases("batch"):
+            if self.source and batch:
+                self.source.prepare(batch.next_cursor)
+        with phases("compute"):
+            sums = self._compute(rows)
+        with phases("reduce"):
+            self.reduction.reduce(sums)
+            self.reduction.reduce(self.gradients)
+        with phases("optimize"):
+            verdict = self._optimize(sums) if self.optimizer else Verdict(*[0.0] * len(Verdict._fields))
+        with phases("broadcast"):
+            verdict = self._broadcast(verdict)
+        with phases("commit"):
+            self._commit(verdict, rows, batch)
+        return StepResult(
+            progress.step,
+            verdict.loss,
+            verdict.grad_norm,
+            int(verdict.tokens),
+            self.learning_rate(progress.step - 1),
+            time.perf_counter() - start,
+            bool(verdict.applied),
+            bool(verdict.stop),
+        )
+
+    def _compute(self, rows: NDArray[np.int32]) -> NDArray[np.float64]:
+        """Put this leaf's gradient sums into :attr:`gradients`; return its [loss_sum, n_tokens, bad, stop]."""
+        self.gradients[:] = 0
+        loss, tokens = 0.0, 0
+        if len(rows):
+            batch = rows_to_batch(rows, self.config.train.seed, self.progress.step)
+            loss, tokens = self.model.loss_and_gradients(batch, self.gradients)
+        fault = self.phases.planted_nan()
+        if fault is not None:
+            spec = self.model.parameters.specs[fault.tensor]
+            self.gradients[self.model.parameters.offsets[spec.name]] = np.nan
+        bad = not (isfinite(loss) and all_finite(self.gradients))
+        self._complaint = self._describe_bad(rows) if bad else ""
+        return np.array([loss, tokens, bad, self.stopping.requested()], np.float64)
+
+    def _optimize(self, sums: NDArray[np.float64]) -> Verdict:
+        """Decide on the step and, unless it must be skipped, update the root's parameters."""
+        assert self.optimizer is not None
+        loss_sum, tokens, bad, stop = (float(value) for value in sums)
+        norm = self.optimizer.gradient_norm(self.gradients, int(tokens)) if tokens else float("nan")
+        applied = not bad and isfinite(norm) and isfinite(loss_sum)
+        if applied:
+            self.optimizer.update(self.gradients, int(tokens), norm, self.progress.step)
+        loss = loss_sum / tokens if tokens else float("nan")
+        return Verdict(float(applied), float(stop > 0), loss, norm, tokens, bad)
+
+    def _broadcast(self, verdict: Verdict) -> Verdict:
+        vector = np.array(verdict, np.float64)
+        self.reduction.broadcast(vector)
+        decided = Verdict(*(float(value) for value in vector))
+        if decided.applied:
+            self.reduction.broadcast(self.model.parameters.vector)
+        return decided
+
+    def _commit(self, verdict: Verdict, rows: NDArray[np.int32], batch: PreparedBatch | None) -> None:
+        progress = self.progress
+        progress.step += 1
+        progress.cursor += self.config.train.batch_size
+        self.sequences += len(rows)
+        self.tokens += int((rows[:, ID_COLUMNS + 1 :] >= 0).sum())
+        if self.source and batch:
+            self.source.router.record(batch.routing)
+        if verdict.applied:
+            progress.skipped_in_a_row = 0
+            return
+        progress.skipped += 1
+        progress.skipped_in_a_row += 1
+        self._report_skip(verdict)
+        if progress.skipped_in_a_row >= MOST_SKIPPED_IN_A_ROW:
+            error = UserError(
+                f"{MOST_SKIPPED_IN_A_ROW} steps in a row up to step {progress.step} gave a loss or gradient that is "
+                "not finite: lower optimizer.learning_rate, or go back to an earlier checkpoint with --resume PATH"
+            )
+            error.everywhere = True
+            raise error
+
+    def _describe_bad(self, rows: NDArray[np.int32]) -> str:
+        tensors = self.model.parameters.views(self.gradients)
+        names = [name for name, tensor in tensors.items() if not np.isfinite(tensor).all()] or ["the loss"]
+        ids, _ = unpack_rows(rows)
+        return f"{_shorten(names)} in sequences {_shorten([str(i) for i in ids])}"
+
+    def _report_skip(self, verdict: Verdict) -> None:
+        """Name the leaves, tensors and sequences behind a skipped step. Collective over the world."""
+        complaints = gather_objects(self.comms.world, self._complaint, self.comms.waiter)
+        if complaints is None:
+            return
+        told = [f"rank {rank}: {text}" for rank, text in enumerate(complaints) if text]
+        reason = _shorten(told, "; ") if told else f"the gradient norm of the whole batch is {verdict.grad_norm}"
+        logger.warning("step %d skipped, not finite: %s", self.progress.step, reason)
+
+
+def _shorten(names: list[str], separator: str = ", ", most: int = 4) -> str:
+    more = f"{separator}and {len(names) - most} more" if len(names) > most else ""
+    return separator.join(names[:most]) + more
+
+
+def all_finite(vector: NDArray[np.float32]) -> bool:
+    """Whether no element of ``vector`` is NaN or infinite."""
+    # One cheap pass: a sum is finite unless an element is not, or the sum overflows; only then look closely.
+    with np.errstate(over="ignore", invalid="ignore"):
+        return bool(np.isfinite(vector.sum())) or bool(np.isfinite(vector).all())

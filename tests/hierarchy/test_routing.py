@@ -1,0 +1,104 @@
+"""Every sequence goes to exactly one leaf, and the modes do what their names say."""
+
+import numpy as np
+import pytest
+
+from hiermpi.hierarchy.routing import Router, even_leaves, leaves_in_turn
+from hiermpi.hierarchy.topology import Topology
+
+MODES = ("balanced", "dominant", "lift")
+
+
+def make_router(size, mode, coordinators="compute", vocab=50, unit_size=1):
+    group_of_token = (np.arange(vocab) % 12).astype(np.uint8)
+    counts = np.arange(1, vocab + 1)
+    return Router(Topology(size, coordinators=coordinators), mode, group_of_token, counts, unit_size)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("coordinators", ["compute", "dedicated"])
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 13, 14, 26, 64])
+def test_every_sequence_goes_to_one_leaf(size, coordinators, mode):
+    router = make_router(size, mode, coordinators)
+    tokens = np.random.default_rng(0).integers(0, 50, (37, 20)).astype(np.int32)
+    routing = router.route(tokens)
+    assert len(routing.leaf) == 37
+    for rank, group in zip(routing.leaf, routing.bin, strict=True):
+        assert router.topology.is_leaf(rank)
+        if size > 1:
+            assert rank in router.topology.bins[group]
+    assert 0 <= routing.own_tokens <= tokens.size
+
+
+@pytest.mark.parametrize("coordinators", ["compute", "dedicated"])
+def test_balanced_gives_no_leaf_more_than_its_share(coordinators):
+    for size in (2, 3, 13, 14, 26, 64):
+        for batch in (1, 5, 24, 130):
+            router = make_router(size, "balanced", coordinators)
+            tokens = np.zeros((batch, 16), np.int32)  # the worst case: all prefer one group
+            load = np.bincount(router.route(tokens).leaf, minlength=size)
+            assert load.max() == -(-batch // router.topology.n_leaves)
+
+
+def test_dominant_is_the_group_with_most_tokens():
+    router = make_router(13, "dominant")
+    tokens = np.array([[0, 12, 24, 1, 2], [5, 17, 5, 0, 0], [11, 11, 3, 3, 3]], np.int32)
+    assert router.route(tokens).bin.tolist() == [0, 5, 3]
+
+
+def test_lift_compares_with_the_corpus():
+    group_of_token = np.array([0, 1], np.uint8)
+    router = Router(Topology(3, 2), "lift", group_of_token, np.array([90, 10]))
+    # Token 1 is a third of the sequence, but a tenth of the corpus.
+    assert router.route(np.array([[0, 0, 1]], np.int32)).bin.tolist() == [1]
+    dominant = Router(Topology(3, 2), "dominant", group_of_token, np.array([90, 10]))
+    assert dominant.route(np.array([[0, 0, 1]], np.int32)).bin.tolist() == [0]
+
+
+def test_balanced_has_at_least_the_affinity_of_any_even_deal():
+    router = make_router(13, "balanced")
+    tokens = np.random.default_rng(1).integers(0, 50, (26, 30)).astype(np.int32)
+    affinity = router.affinity(tokens)
+    best = router.route(tokens).own_tokens
+    for shift in range(12):
+        deal = (np.arange(26) + shift) % 12
+        assert np.bincount(deal).max() <= 3  # not within 2 per leaf everywhere, so compare its best 24
+        gains = np.sort(affinity[np.arange(26), deal])[::-1][:24]
+        assert best >= gains.sum() * 0.9
+
+
+def test_units_stay_together():
+    router = make_router(13, "balanced", unit_size=3)
+    tokens = np.random.default_rng(2).integers(0, 50, (25, 8)).astype(np.int32)
+    leaf = router.route(tokens).leaf
+    for first in range(0, 25, 3):
+        assert len(set(leaf[first : first + 3])) == 1
+
+
+def test_padding_counts_for_nothing():
+    router = make_router(13, "dominant")
+    tokens = np.array([[3, -1, -1, -1]], np.int32)
+    assert router.affinity(tokens).tolist() == [[0, 0, 0, 1] + [0] * 8]
+
+
+def test_loads_are_counted():
+    router = make_router(13, "dominant")
+    routing = router.route(np.zeros((5, 4), np.int32))
+    router.record(routing)
+    router.record(routing)
+    assert router.loads.tolist() == [10] + [0] * 12
+
+
+def test_leaves_in_turn_differ_by_at_most_one():
+    bins = np.array([0, 1, 0, 0, 1, 0, 0])
+    assert leaves_in_turn(bins, [(7, 9), (3,)]).tolist() == [7, 3, 9, 7, 3, 9, 7]
+
+
+def test_even_leaves_cover_and_balance():
+    for size in (1, 2, 13, 30):
+        topology = Topology(size)
+        for n in (0, 1, 12, 100):
+            leaf = even_leaves(n, topology)
+            assert len(leaf) == n
+            load = np.bincount(leaf, minlength=size)
+            assert load.max() - load.min() <= 1

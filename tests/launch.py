@@ -1,0 +1,54 @@
+"""Start hiermpi as a user does, alone or under mpiexec, with a time limit that leaves nothing behind."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+BIN = Path(sys.executable).parent
+QUIET_MPI = {
+    "OMPI_ALLOW_RUN_AS_ROOT": "1",
+    "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+    "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
+}
+
+
+def environment(extra=None):
+    """The environment of a launched command."""
+    return {**os.environ, **QUIET_MPI, **(extra or {})}
+
+
+def command(*arguments, ranks=0):
+    """The words of a command line: under mpiexec where ``ranks`` is not 0."""
+    words = [str(BIN / "hiermpi"), *map(str, arguments)]
+    return [str(BIN / "mpiexec"), "-n", str(ranks), *words] if ranks else words
+
+
+def start(*arguments, ranks=0, env=None, cwd=None, prefix=()):
+    """Start a command in a process group of its own."""
+    return subprocess.Popen(
+        [*prefix, *command(*arguments, ranks=ranks)],
+        env=environment(env),
+        cwd=cwd,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
+
+
+def finish(process, timeout):
+    """Wait for a started command; kill its whole group when the time is over."""
+    try:
+        out, err = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        out, err = process.communicate()
+        raise AssertionError(f"still running after {timeout} s\n{out}\n{err}") from None
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def run(*arguments, ranks=0, env=None, timeout=60, cwd=None):
+    """Run a command to its end."""
+    return finish(start(*arguments, ranks=ranks, env=env, cwd=cwd), timeout)
