@@ -68,11 +68,8 @@ test-matrix: install ## every combination of ranks, routing, coordinators and re
 lint: install ## ruff and mypy
 	@test -x $(BIN)/ruff -a -x $(BIN)/mypy || \
 	    $(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[lint]'
-	$(BIN)/ruff check --line-length 120 --select $(RUFF_RULES) --ignore $(RUFF_IGNORED) hiermpi tests
+	$(BIN)/ruff check hiermpi tests
 	$(BIN)/mypy
-
-RUFF_RULES := A,ARG,B,BLE,C4,D,E,F,I,N,PL,PT,RET,RUF,S,SIM,T10,TC,UP,W
-RUFF_IGNORED := D100,D101,D102,D103,D104,D105,D107,D203,D205,D212,D213,D400,D401,D413,D415,N803,N806,PLC0415,PLR0913,PLR0917,PLR2004,RUF001,RUF002,RUF003,S101
 
 clean: ## remove the environment and build products, never runs
 	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -83,7 +83,7 @@ def describe(planned: dict[str, Any]) -> str:
     lines = [
         f"{count(planned['ranks'], 'rank')} on {count(planned['nodes'], 'node')}: 1 root, "
         f"{count(controls, 'control rank')}, {count(workers, 'worker')}; {planned['leaves']} compute "
-        f"({planned['coordinators']})",
+        f"(coordinators: {planned['coordinators']})",
         "",
         f"root 0{'' if planned['root_computes'] else '  (coordinates only)'}",
     ]
@@ -92,7 +92,8 @@ def describe(planned: dict[str, Any]) -> str:
         below = f"workers {ranges(entry['workers'])}" if entry["workers"] else "no workers"
         lines.append(
             f"{'└' if last else '├'}─ group {entry['group']:<3} control {entry['control']:<5} {below:<20} "
-            f"classes {ranges(entry['classes'])}" + (f"  nodes {ranges(entry['nodes'])}" if planned["nodes"] > 1 else "")
+            f"classes {ranges(entry['classes'])}"
+            + (f"  nodes {ranges(entry['nodes'])}" if planned["nodes"] > 1 else "")
         )
     load, memory, moved = planned["sequences_per_leaf"], planned["memory_bytes"], planned["bytes_per_step"]
     lines += [

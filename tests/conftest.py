@@ -25,10 +25,14 @@ def _under_mpi(config):
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "smoke: also run on 64 ranks")
+
+
+def pytest_sessionstart(session):
+    """One rank reports; pytest_runtest_logreport lets the others speak when they fail."""
+    config = session.config
     if _under_mpi(config) and _world().rank != 0:
         reporter = config.pluginmanager.getplugin("terminalreporter")
-        if reporter is not None:
-            reporter._tw._file = open(os.devnull, "w")
+        reporter._tw._file = open(os.devnull, "w")
 
 
 def pytest_collection_modifyitems(config, items):

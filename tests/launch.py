@@ -19,18 +19,18 @@ def environment(extra=None):
     return {**os.environ, **QUIET_MPI, **(extra or {})}
 
 
-def command(*arguments, ranks=0):
-    """The words of a command line: under mpiexec where ``ranks`` is not 0."""
-    words = [str(BIN / "hiermpi"), *map(str, arguments)]
+def command(*arguments, ranks=0, module=False):
+    """The words of a command line: under mpiexec where ``ranks`` is not 0; ``module``: as mpi4py advises."""
+    program = [sys.executable, "-m", "mpi4py", "-m", "hiermpi"] if module else [str(BIN / "hiermpi")]
+    words = [*program, *map(str, arguments)]
     return [str(BIN / "mpiexec"), "-n", str(ranks), *words] if ranks else words
 
 
-def start(*arguments, ranks=0, env=None, cwd=None, prefix=()):
+def start(*arguments, ranks=0, env=None, module=False):
     """Start a command in a process group of its own."""
     return subprocess.Popen(
-        [*prefix, *command(*arguments, ranks=ranks)],
+        command(*arguments, ranks=ranks, module=module),
         env=environment(env),
-        cwd=cwd,
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -38,7 +38,7 @@ def start(*arguments, ranks=0, env=None, cwd=None, prefix=()):
     )
 
 
-def finish(process, timeout):
+def finish(process, timeout=60):
     """Wait for a started command; kill its whole group when the time is over."""
     try:
         out, err = process.communicate(timeout=timeout)
@@ -49,6 +49,6 @@ def finish(process, timeout):
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
-def run(*arguments, ranks=0, env=None, timeout=60, cwd=None):
+def run(*arguments, ranks=0, env=None, timeout=60, module=False):
     """Run a command to its end."""
-    return finish(start(*arguments, ranks=ranks, env=env, cwd=cwd), timeout)
+    return finish(start(*arguments, ranks=ranks, env=env, module=module), timeout)

@@ -50,7 +50,7 @@ def mpi_facts() -> list[tuple[str, str]]:
     library = MPI.Get_library_version().split("\0")[0].splitlines()[0].strip()
     major, minor = MPI.Get_version()
     # Open MPI turns fault tolerance on by this variable, set by mpirun --with-ft ulfm.
-    tolerant = os.environ.get("OMPI_MCA_mpi_ft_enable") == "1"
+    tolerant = os.environ.get("OMPI_MCA_mpi_ft_enable") == "1"  # noqa: SIM112
     return [
         ("MPI", library),
         ("MPI standard", f"{major}.{minor}"),
@@ -61,10 +61,10 @@ def mpi_facts() -> list[tuple[str, str]]:
 
 
 def numpy_facts() -> list[tuple[str, str]]:
-    """numpy and the BLAS under it."""
+    """Numpy and the BLAS under it."""
     import numpy as np
 
-    blas = np.show_config(mode="dicts")["Build Dependencies"]["blas"]  # type: ignore[index,call-overload]
+    blas = np.show_config(mode="dicts")["Build Dependencies"]["blas"]
     return [("numpy", np.__version__), ("BLAS", f"{blas['name']} {blas['version']}"), ("kernels", "numpy")]
 
 

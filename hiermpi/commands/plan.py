@@ -34,8 +34,10 @@ def run(arguments: argparse.Namespace) -> int:
 
     config = load_config(arguments, os.environ)
     if arguments.ranks < 1 or arguments.ranks_per_node < 0:
-        name, value = ("ranks", arguments.ranks) if arguments.ranks < 1 else ("ranks-per-node", arguments.ranks_per_node)
-        raise UsageError(f"--{name} {value}: expected at least {1 if name == 'ranks' else 0}")
+        raise UsageError(
+            f"--ranks {arguments.ranks} --ranks-per-node {arguments.ranks_per_node}: "
+            "expected at least 1 rank, and 0 (all on one node) or more on each node"
+        )
     vocab_size = config.model.vocab_size
     if not vocab_size:
         vocab_size = vocabulary_of(arguments.data) if arguments.data else 256

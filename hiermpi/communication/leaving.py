@@ -4,6 +4,7 @@ The first rank that exits non-zero makes the launcher kill the others, so an ear
 others' work: ranks meet, finalize, and only then exit.
 """
 
+import contextlib
 import logging
 import os
 import socket
@@ -81,7 +82,5 @@ def abort(error: BaseException) -> None:
 def flush() -> None:
     """Write out what the standard streams still hold."""
     for stream in (sys.stdout, sys.stderr):
-        try:
+        with contextlib.suppress(OSError):
             stream.flush()
-        except OSError:
-            pass

@@ -10,6 +10,7 @@ part with zeros.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -49,12 +50,12 @@ class TreeReduction:
     def reduce(self, vector: NDArray) -> None:
         # Up: group, then control.
         for comm in self.comms.levels_up():
-            self._chunked(vector, lambda chunk, comm=comm: ireduce_in_place(comm, chunk))
+            self._chunked(vector, partial(ireduce_in_place, comm))
 
     def broadcast(self, vector: NDArray) -> None:
         # Down: control, then group.
         for comm in self.comms.levels_down():
-            self._chunked(vector, lambda chunk, comm=comm: comm.Ibcast(chunk))
+            self._chunked(vector, comm.Ibcast)
 
     def _chunked(self, vector: NDArray, start: Callable[[NDArray], MPI.Request]) -> None:
         pieces = chunks(vector)
@@ -71,7 +72,7 @@ class FlatReduction(TreeReduction):
         self._chunked(vector, lambda chunk: self.comms.world.Iallreduce(MPI.IN_PLACE, chunk))
 
     def broadcast(self, vector: NDArray) -> None:
-        self._chunked(vector, lambda chunk: self.comms.world.Ibcast(chunk))
+        self._chunked(vector, self.comms.world.Ibcast)
 
 
 def ireduce_in_place(comm: MPI.Comm, chunk: NDArray) -> MPI.Request:

@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 from hiermpi.communication.communicators import Communicators
 from hiermpi.hierarchy.topology import Role, Topology
 
+
 def delivery_order(topology: Topology) -> NDArray[np.int64]:
     """Ranks in the order in which their rows leave the root: itself, then group by group, control rank first."""
     return np.array([0, *(rank for members in topology.groups for rank in members)])

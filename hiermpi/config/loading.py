@@ -5,6 +5,7 @@ Only rank 0 does this; the result is broadcast, so other ranks never import pyda
 
 import argparse
 import difflib
+import math
 import tomllib
 from collections.abc import Mapping
 from dataclasses import fields
@@ -147,7 +148,7 @@ def _require_known(name: str, known: Mapping[str, Any], origin: str) -> None:
 
 def unknown_flag_message(flag: str) -> str:
     """What to say of a flag that no command knows."""
-    name = flag.split("=")[0]
+    name = flag.split("=", maxsplit=1)[0]
     return f"unknown option {name}{_nearest(name, ['--' + entry for entry in flatten(Config())])}"
 
 
@@ -185,6 +186,6 @@ def _convert(hint: Any, value: Any, origin: str) -> Any:
         sentence = _SENTENCES.get(first["type"], first["msg"][:1].lower() + first["msg"][1:])
         shown = repr(value) if isinstance(value, str) else str(value)
         raise UsageError(f"{origin} = {shown[:80]}: {sentence.format(**first.get('ctx', {}))}") from None
-    if isinstance(converted, float) and converted != converted or converted in (float("inf"), -float("inf")):
+    if isinstance(converted, float) and not math.isfinite(converted):
         raise UsageError(f"{origin} = {value}: expected a finite number")
     return converted

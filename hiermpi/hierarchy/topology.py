@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -102,7 +103,7 @@ class Topology:
             return ()
         ordered = sorted(range(1, self.size), key=lambda rank: (self.nodes[rank], rank))
         bounds = block_bounds(self.size - 1, self.n_groups)
-        return tuple(tuple(ordered[a:b]) for a, b in zip(bounds[:-1], bounds[1:], strict=True))
+        return tuple(tuple(ordered[a:b]) for a, b in pairwise(bounds))
 
     @cached_property
     def control_ranks(self) -> tuple[int, ...]:

@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 
 from hiermpi.config.schema import Config, flatten
+from hiermpi.model.transformer import Transformer
 from hiermpi.optimizer.optimizer import Optimizer
 from hiermpi.storage.checkpoint import Checkpoint, CheckpointWriter
 from hiermpi.storage.dataset import TokenDataset
@@ -12,7 +13,6 @@ from hiermpi.storage.run_folder import RunFolder
 from hiermpi.training.evaluation import Evaluation
 from hiermpi.training.phases import Phases
 from hiermpi.training.trainer import Progress, StepResult
-from hiermpi.model.transformer import Transformer
 
 logger = logging.getLogger("hiermpi")
 

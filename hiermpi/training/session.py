@@ -2,24 +2,26 @@
 
 import argparse
 import logging
+import os
 import socket
 import sys
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from mpi4py import MPI
 from numpy.typing import NDArray
 
 from hiermpi.communication.communicators import Communicators
-from hiermpi.communication.leaving import set_error_sink
+from hiermpi.communication.leaving import ErrorSink, set_error_sink
 from hiermpi.communication.objects import agree, broadcast_object
 from hiermpi.communication.reduction import Reduction, make_reduction
 from hiermpi.communication.scatter import BatchScatter
 from hiermpi.communication.waiting import Waiter
 from hiermpi.config.schema import Config, duration_seconds
-from hiermpi.errors import EXIT_DONE, EXIT_STOPPED
-from hiermpi.hierarchy.routing import Router
 from hiermpi.data.rows import ID_COLUMNS
 from hiermpi.data.sampling import Sampler
+from hiermpi.errors import EXIT_DONE, EXIT_STOPPED
+from hiermpi.hierarchy.routing import Router
 from hiermpi.model.transformer import Transformer
 from hiermpi.optimizer.optimizer import Optimizer, OptimizerSettings
 from hiermpi.training.batches import BatchSource, EvaluationSource
@@ -32,7 +34,7 @@ from hiermpi.training.summary import gather_ranks, load_lines, phase_table
 from hiermpi.training.trainer import Progress, Trainer
 
 # Rank 0 alone imports the storage layer (opening, recording): h5py is paid once, not once per rank.
-TYPE_CHECKING = False
+
 if TYPE_CHECKING:
     from hiermpi.training.opening import OpenedRun
     from hiermpi.training.recording import Recorder, Saver
@@ -77,8 +79,6 @@ def train(arguments: argparse.Namespace, world: MPI.Comm) -> int:
 
 def open_everywhere(arguments: argparse.Namespace, world: MPI.Comm) -> tuple["OpenedRun | None", Start]:
     """Open the run on rank 0 and tell every rank; an error there is raised everywhere. Collective over ``world``."""
-    import os
-
     opened, start, error = None, None, None
     if world.rank == 0:
         from hiermpi.training.opening import describe_start, open_run
@@ -105,7 +105,7 @@ def open_everywhere(arguments: argparse.Namespace, world: MPI.Comm) -> tuple["Op
     return opened, broadcast_object(world, start, waiter)
 
 
-def write_error_to(run: str):  # noqa: ANN201
+def write_error_to(run: str) -> ErrorSink:
     """A sink for tracebacks that writes into the run folder."""
 
     def sink(rank: int, text: str) -> str:

@@ -19,9 +19,8 @@ def load(*argv, environment=None):
 def test_command_line_beats_environment_beats_file_beats_default(tmp_path):
     file = tmp_path / "run.toml"
     file.write_text("[train]\nsteps = 3\nbatch_size = 5\nseed = 7\n")
-    config = load(
-        "--config", str(file), "--train.steps", "1", environment={"HIERMPI_TRAIN__STEPS": "2", "HIERMPI_TRAIN__SEED": "9"}
-    )
+    environment = {"HIERMPI_TRAIN__STEPS": "2", "HIERMPI_TRAIN__SEED": "9"}
+    config = load("--config", str(file), "--train.steps", "1", environment=environment)
     assert (config.train.steps, config.train.seed, config.train.batch_size) == (1, 9, 5)
     assert config.train.log_interval == Config().train.log_interval
 

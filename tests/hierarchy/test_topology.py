@@ -1,6 +1,7 @@
 """The tree, for every size from 1 to 4096 and for uneven nodes."""
 
 import random
+from itertools import pairwise
 
 import pytest
 
@@ -97,7 +98,7 @@ def test_block_bounds_partition_a_range():
     for n in range(60):
         for parts in range(1, 20):
             bounds = block_bounds(n, parts)
-            sizes = [b - a for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+            sizes = [b - a for a, b in pairwise(bounds)]
             assert bounds[0] == 0
             assert bounds[-1] == n
             assert max(sizes) - min(sizes) <= 1

@@ -1,0 +1,105 @@
+"""One rank and N ranks train the same model, whatever the routing, the coordinators and the reduction."""
+
+import itertools
+import os
+
+import numpy as np
+import pytest
+from collective import collective_assert
+from mpi4py import MPI
+from runs import TEXT, TINY, last_checkpoint, losses, make_dataset, train_on
+
+from hiermpi.communication.waiting import Waiter
+
+pytestmark = [pytest.mark.mpi, pytest.mark.timeout(600)]
+
+COMBINATIONS = list(
+    itertools.product(("balanced", "dominant", "lift"), ("compute", "dedicated"), ("tree", "flat"))
+)
+
+
+def chosen_combinations():
+    """All of them for ``make test-matrix``, else a few that together meet every pair of values.
+
+    Which few depends on the number of ranks, so that over the sizes of ``make test`` every size meets every value
+    and the pairs are met in different company.
+    """
+    if os.environ.get("HIERMPI_TEST_MATRIX") == "all":
+        return COMBINATIONS
+    pairwise = [0, 3, 5, 6, 9, 10]  # a 3 x 2 x 2 covering array ...
+    mirror = [1, 2, 4, 7, 8, 11]  # ... and the rest, which is one as well
+    chosen = pairwise if MPI.COMM_WORLD.size % 2 else mirror
+    return [COMBINATIONS[i] for i in (chosen[:2] if MPI.COMM_WORLD.size > 30 else chosen)]
+
+
+def test_the_chosen_combinations_meet_every_pair():
+    for chosen in ([0, 3, 5, 6, 9, 10], [1, 2, 4, 7, 8, 11]):
+        rows = [COMBINATIONS[i] for i in chosen]
+        for a, b in ((0, 1), (0, 2), (1, 2)):
+            assert {(row[a], row[b]) for row in rows} == {(row[a], row[b]) for row in COMBINATIONS}
+
+
+def reference(world, data, run, *options):
+    """A run on one rank, while the others wait."""
+    if world.rank == 0:
+        assert train_on(MPI.COMM_SELF, data, run, *options) == 0
+    Waiter().wait(world.Ibarrier())
+
+
+def require_equal(comm, run, expected):
+    """Per-step losses within 1e-5 relative, parameters within 1e-4. Collective over ``comm``."""
+    good, message = True, ""
+    if comm.rank == 0:
+        good = np.allclose(losses(run), losses(expected), rtol=1e-5, atol=0)
+        message = "losses differ"
+        ours, theirs = last_checkpoint(run).parameters, last_checkpoint(expected).parameters
+        for name, tensor in ours.items():
+            difference = np.abs(tensor - theirs[name]).max()
+            if difference > 1e-4:
+                good, message = False, f"{name} differs by {difference}"
+    collective_assert(comm, good, message)
+
+
+@pytest.mark.smoke
+def test_any_number_of_ranks_trains_the_same_model(world, shared_folder):
+    data = shared_folder / "data.h5"
+    if world.rank == 0:
+        make_dataset(shared_folder)
+    reference(world, data, shared_folder / "one", *TINY)
+    for index, (routing, coordinators, reduction) in enumerate(chosen_combinations()):
+        run = shared_folder / f"run-{index}"
+        settings = {"routing": routing, "coordinators": coordinators, "reduction": reduction}
+        flags = [word for name, value in settings.items() for word in (f"--hierarchy.{name}", value)]
+        code = train_on(world, data, run, *TINY, *flags)
+        collective_assert(world, code == 0, f"{settings} ended with {code}")
+        require_equal(world, run, shared_folder / "one")
+
+
+def test_micro_batches_and_dropout_do_not_depend_on_ranks(world, shared_folder):
+    data = shared_folder / "data.h5"
+    if world.rank == 0:
+        make_dataset(shared_folder)
+    options = [*TINY, "--train.steps", "8", "--model.dropout", "0.2"]
+    reference(world, data, shared_folder / "one", *options)
+    collective_assert(world, train_on(world, data, shared_folder / "n", *options, "--train.micro_batch_size", 2) == 0)
+    require_equal(world, shared_folder / "n", shared_folder / "one")
+
+
+def test_a_starved_group_is_exact(world, shared_folder):
+    data = shared_folder / "data.h5"
+    if world.rank == 0:
+        make_dataset(shared_folder, "a" * 5000)
+    reference(world, data, shared_folder / "one", *TINY)
+    options = [*TINY, "--hierarchy.routing", "dominant"]
+    collective_assert(world, train_on(world, data, shared_folder / "n", *options) == 0)
+    require_equal(world, shared_folder / "n", shared_folder / "one")
+
+
+def test_fewer_sequences_than_ranks(world, shared_folder):
+    data = shared_folder / "data.h5"
+    if world.rank == 0:
+        make_dataset(shared_folder, TEXT)
+    options = [*TINY, "--train.batch_size", "2", "--train.steps", "5"]
+    reference(world, data, shared_folder / "one", *options)
+    collective_assert(world, train_on(world, data, shared_folder / "n", *options) == 0)
+    require_equal(world, shared_folder / "n", shared_folder / "one")

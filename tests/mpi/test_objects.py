@@ -1,0 +1,64 @@
+"""Small objects, agreement on errors, and waits."""
+
+import time
+
+import pytest
+from collective import collective_assert
+from mpi4py import MPI
+
+from hiermpi.communication.objects import agree, broadcast_object, gather_objects
+from hiermpi.communication.waiting import StallError, Waiter
+from hiermpi.errors import UsageError, UserError
+
+pytestmark = pytest.mark.mpi
+
+
+def test_broadcast_and_gather(comm):
+    waiter = Waiter()
+    value = broadcast_object(comm, {"a": [1, "x"]} if comm.rank == 0 else None, waiter)
+    collective_assert(comm, value == {"a": [1, "x"]})
+    gathered = gather_objects(comm, "y" * comm.rank, waiter)
+    expected = ["y" * rank for rank in range(comm.size)] if comm.rank == 0 else None
+    collective_assert(comm, gathered == expected)
+
+
+def test_agree_raises_the_lowest_ranks_user_error_everywhere(comm):
+    waiter = Waiter()
+    agree(comm, None, waiter)
+    last = comm.size - 1
+    error = UsageError(f"from {comm.rank}") if comm.rank in (last, last - 1) else None
+    caught = None
+    try:
+        agree(comm, error, waiter)
+    except UserError as raised:
+        caught = raised
+    collective_assert(comm, isinstance(caught, UsageError) and str(caught) == f"from {max(last - 1, 0)}")
+    collective_assert(comm, caught.everywhere)
+
+
+def test_agree_tells_of_other_errors(comm):
+    error = KeyError("lost") if comm.rank == comm.size - 1 else None
+    with pytest.raises(KeyError if error else RuntimeError, match="lost"):
+        agree(comm, error, Waiter())
+
+
+def test_a_wait_sleeps_and_is_accounted(world):
+    waiter = Waiter()
+    if world.rank == 0:
+        time.sleep(0.3)
+    cpu = time.process_time()
+    waiter.wait(world.Ibarrier())
+    cpu = time.process_time() - cpu
+    late = world.rank == 0 or world.size == 1
+    collective_assert(world, late or waiter.seconds > 0.2, f"{waiter.seconds} s")
+    collective_assert(world, late or cpu < 0.2, f"{cpu} s of CPU in a wait of 0.3 s")
+
+
+def test_a_stall_ends_the_wait():
+    request = MPI.COMM_SELF.Irecv(bytearray(1), source=0)
+    with pytest.raises(StallError, match=r"phase reduce"):
+        waiter = Waiter(stall_abort=1.1)
+        waiter.phase = "reduce"
+        waiter.wait(request)
+    MPI.COMM_SELF.Send(bytearray(1), dest=0)
+    request.Wait()
