@@ -1,0 +1,478 @@
+/* The kernels, once per instruction set: kernels.c includes this file with another NAME() and target each time.
+ *
+ * All arithmetic on rows goes through vectors of W floats, the tail of a row included (padded with zeros in a register),
+ * so the result of an element never depends on where in a row or slice it stands. Compiled without -ffast-math: a NaN
+ * or an infinity that goes in comes out.
+ *
+ * Shapes: N = B * T rows, C channels, H heads of size D = C / H, V vocabulary. All arrays are C-contiguous.
+ */
+
+#define INLINE static inline __attribute__((always_inline))
+
+INLINE VEC NAME(load)(const float *p) { return *(const VECU *)p; }
+INLINE void NAME(store)(float *p, VEC x) { *(VECU *)p = x; }
+INLINE VEC NAME(load_part)(const float *p, long n) {
+    VEC x = {0};
+    memcpy(&x, p, 4 * (size_t)n);
+    return x;
+}
+INLINE void NAME(store_part)(float *p, VEC x, long n) { memcpy(p, &x, 4 * (size_t)n); }
+INLINE VEC NAME(splat)(float x) { return x - (VEC){0}; }
+INLINE VEC NAME(choose)(VECI mask, VEC yes, VEC no) { return (VEC)((mask & (VECI)yes) | (~mask & (VECI)no)); }
+INLINE VEC NAME(larger)(VEC a, VEC b) { return NAME(choose)(a > b, a, b); }
+INLINE float NAME(sum)(VEC x) {
+    float s[W];
+    memcpy(s, &x, 4 * W);
+    for (int width = W / 2; width; width /= 2)
+        for (int i = 0; i < width; i++) s[i] += s[i + width];
+    return s[0];
+}
+INLINE float NAME(largest)(VEC x) {
+    float s[W];
+    memcpy(s, &x, 4 * W);
+    float m = s[0];
+    for (int i = 1; i < W; i++) m = s[i] > m ? s[i] : m;
+    return m;
+}
+
+/* exp(x), relative error below 2e-7, by Cody-Waite reduction and a minimax polynomial. NaN gives NaN; the argument is
+ * clamped to the range of normal numbers. */
+INLINE VEC NAME(vexp)(VEC x) {
+    const VEC low = NAME(splat)(-87.33654f), high = NAME(splat)(88.37626f);
+    x = NAME(choose)(x < low, low, x);
+    x = NAME(choose)(x > high, high, x);
+    const VEC magic = NAME(splat)(12582912.0f);
+    VEC n = (x * 1.44269504f + magic) - magic;
+    VEC r = x - n * 0.693359375f;
+    r = r - n * -2.12194440e-4f;
+    VEC p = NAME(splat)(1.9875691500e-4f);
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * (r * r) + r + 1.0f;
+    VECI power = (__builtin_convertvector(n, VECI) + 127) << 23;
+    return p * (VEC)power;
+}
+
+/* The 32 bits of element i under a 64-bit key (see ../dropout.py, which is the specification). */
+INLINE VECN NAME(mix)(VECN x) {
+    x ^= x >> 16;
+    x *= 0x7feb352du;
+    x ^= x >> 15;
+    x *= 0x846ca68bu;
+    return x ^ (x >> 16);
+}
+
+/* 0 where element first + lane is dropped, `factor` where it is kept */
+INLINE VEC NAME(kept)(uint32_t first, uint64_t key, uint32_t threshold, float factor) {
+    VECN i;
+    for (int l = 0; l < W; l++) i[l] = l;
+    i = NAME(mix)(NAME(mix)((i + first) ^ (uint32_t)key) ^ (uint32_t)(key >> 32));
+    return NAME(choose)((VECI)(i >= threshold), NAME(splat)(factor), (VEC){0});
+}
+
+/* Drop elements of x[B,n] in place: sequence b under keys[b], element i of it under number i. */
+void NAME(dropout)(float *x, const uint64_t *keys, long B, long n, uint32_t threshold, float factor) {
+    const long full = n & ~(W - 1L), rest = n - full;
+    for (long b = 0; b < B; b++) {
+        float *row = x + b * n;
+        for (long i = 0; i < full; i += W)
+            NAME(store)(row + i, NAME(load)(row + i) * NAME(kept)((uint32_t)i, keys[b], threshold, factor));
+        if (rest)
+            NAME(store_part)(row + full, NAME(load_part)(row + full, rest) *
+                                             NAME(kept)((uint32_t)full, keys[b], threshold, factor), rest);
+    }
+}
+
+/* x[n,:] = wte[inputs[n],:] + wpe[n % T,:] */
+void NAME(embed_forward)(float *x, const int32_t *inputs, const float *wte, const float *wpe, long N, long T, long C) {
+    for (long n = 0; n < N; n++) {
+        const float *a = wte + inputs[n] * C, *b = wpe + (n % T) * C;
+        for (long c = 0; c < C; c++) x[n * C + c] = a[c] + b[c];
+    }
+}
+
+/* dwte[inputs[n],:] += dx[n,:]; dwpe[n % T,:] += dx[n,:]; in the order of n. */
+void NAME(embed_backward)(float *dwte, float *dwpe, const float *dx, const int32_t *inputs, long N, long T, long C) {
+    for (long n = 0; n < N; n++) {
+        float *a = dwte + inputs[n] * C, *b = dwpe + (n % T) * C;
+        const float *d = dx + n * C;
+        for (long c = 0; c < C; c++) {
+            a[c] += d[c];
+            b[c] += d[c];
+        }
+    }
+}
+
+INLINE void NAME(norm_row)(float *out, float *mean, float *rstd, const float *x, const float *weight,
+                           const float *bias, long C) {
+    const long full = C & ~(W - 1L), rest = C - full;
+    VEC s = {0};
+    for (long c = 0; c < full; c += W) s += NAME(load)(x + c);
+    if (rest) s += NAME(load_part)(x + full, rest);
+    const float m = NAME(sum)(s) / (float)C;
+    VEC q = {0};
+    for (long c = 0; c < full; c += W) {
+        VEC d = NAME(load)(x + c) - m;
+        q += d * d;
+    }
+    if (rest) {
+        VEC d = NAME(load_part)(x + full, rest) - m;
+        VEC padded = {0};
+        memcpy(&padded, &d, 4 * (size_t)rest);
+        q += padded * padded;
+    }
+    const float r = 1.0f / sqrtf(NAME(sum)(q) / (float)C + 1e-5f);
+    for (long c = 0; c < full; c += W)
+        NAME(store)(out + c, (NAME(load)(x + c) - m) * r * NAME(load)(weight + c) + NAME(load)(bias + c));
+    if (rest)
+        NAME(store_part)(out + full, (NAME(load_part)(x + full, rest) - m) * r * NAME(load_part)(weight + full, rest) +
+                                         NAME(load_part)(bias + full, rest), rest);
+    *mean = m;
+    *rstd = r;
+}
+
+/* out = layer norm of x */
+void NAME(norm_forward)(float *out, float *mean, float *rstd, const float *x, const float *weight, const float *bias,
+                        long N, long C) {
+    for (long n = 0; n < N; n++)
+        NAME(norm_row)(out + n * C, mean + n, rstd + n, x + n * C, weight, bias, C);
+}
+
+/* sum = residual + branch + branch_bias; out = layer norm of sum */
+void NAME(residual_norm_forward)(float *sum, float *out, float *mean, float *rstd, const float *residual,
+                                 const float *branch, const float *branch_bias, const float *weight, const float *bias,
+                                 long N, long C) {
+    for (long n = 0; n < N; n++) {
+        float *s = sum + n * C;
+        const float *a = residual + n * C, *b = branch + n * C;
+        for (long c = 0; c < C; c++) s[c] = a[c] + (b[c] + branch_bias[c]);
+        NAME(norm_row)(out + n * C, mean + n, rstd + n, s, weight, bias, C);
+    }
+}
+
+/* dx (+)= gradient of layer norm; dweight, dbias += theirs. With `fresh` dx is written, else added to. Unless NULL,
+ * dbranch += column sums of the new dx: the bias gradient of the branch whose output is added to x. */
+void NAME(norm_backward)(float *dx, float *dweight, float *dbias, float *dbranch, const float *dout, const float *x,
+                         const float *mean, const float *rstd, const float *weight, long N, long C, long fresh) {
+    const long full = C & ~(W - 1L), rest = C - full;
+    for (long n = 0; n < N; n++) {
+        const float *d = dout + n * C, *row = x + n * C;
+        float *o = dx + n * C;
+        const float m = mean[n], r = rstd[n];
+        VEC s1 = {0}, s2 = {0};
+        for (long c = 0; c < full; c += W) {
+            VEC g = NAME(load)(d + c), xhat = (NAME(load)(row + c) - m) * r, gw = g * NAME(load)(weight + c);
+            s1 += gw;
+            s2 += gw * xhat;
+            NAME(store)(dweight + c, NAME(load)(dweight + c) + g * xhat);
+            NAME(store)(dbias + c, NAME(load)(dbias + c) + g);
+        }
+        if (rest) {
+            VEC g = NAME(load_part)(d + full, rest), xhat = (NAME(load_part)(row + full, rest) - m) * r;
+            VEC gw = g * NAME(load_part)(weight + full, rest);
+            s1 += gw;
+            s2 += gw * xhat;
+            NAME(store_part)(dweight + full, NAME(load_part)(dweight + full, rest) + g * xhat, rest);
+            NAME(store_part)(dbias + full, NAME(load_part)(dbias + full, rest) + g, rest);
+        }
+        const float a = NAME(sum)(s1) / (float)C, b = NAME(sum)(s2) / (float)C;
+        for (long c = 0; c < full; c += W) {
+            VEC xhat = (NAME(load)(row + c) - m) * r, gw = NAME(load)(d + c) * NAME(load)(weight + c);
+            VEC g = (gw - a - xhat * b) * r;
+            if (!fresh) g += NAME(load)(o + c);
+            NAME(store)(o + c, g);
+            if (dbranch) NAME(store)(dbranch + c, NAME(load)(dbranch + c) + g);
+        }
+        if (rest) {
+            VEC xhat = (NAME(load_part)(row + full, rest) - m) * r;
+            VEC gw = NAME(load_part)(d + full, rest) * NAME(load_part)(weight + full, rest);
+            VEC g = (gw - a - xhat * b) * r;
+            if (!fresh) g += NAME(load_part)(o + full, rest);
+            NAME(store_part)(o + full, g, rest);
+            if (dbranch) NAME(store_part)(dbranch + full, NAME(load_part)(dbranch + full, rest) + g, rest);
+        }
+    }
+}
+
+/* db[c] += sum over n of dy[n,c], in the order of n */
+void NAME(column_sums)(float *db, const float *dy, long N, long C) {
+    for (long n = 0; n < N; n++)
+        for (long c = 0; c < C; c++) db[c] += dy[n * C + c];
+}
+
+/* h += bias; out = gelu(h), the tanh form, as h * sigmoid(2 u) with u = sqrt(2/pi) (h + 0.044715 h^3) */
+INLINE VEC NAME(gelu_gate)(VEC h) {
+    VEC u2 = h * (1.5957691216f + 0.0713548163f * (h * h));
+    return 1.0f / (1.0f + NAME(vexp)(-u2));
+}
+
+void NAME(gelu_forward)(float *out, float *h, const float *bias, long N, long C) {
+    const long full = C & ~(W - 1L), rest = C - full;
+    for (long n = 0; n < N; n++) {
+        float *row = h + n * C, *o = out + n * C;
+        for (long c = 0; c < full; c += W) {
+            VEC x = NAME(load)(row + c) + NAME(load)(bias + c);
+            NAME(store)(row + c, x);
+            NAME(store)(o + c, x * NAME(gelu_gate)(x));
+        }
+        if (rest) {
+            VEC x = NAME(load_part)(row + full, rest) + NAME(load_part)(bias + full, rest);
+            NAME(store_part)(row + full, x, rest);
+            NAME(store_part)(o + full, x * NAME(gelu_gate)(x), rest);
+        }
+    }
+}
+
+INLINE VEC NAME(gelu_slope)(VEC x) {
+    VEC s = NAME(gelu_gate)(x);
+    return s + x * s * (1.0f - s) * (1.5957691216f + 0.2140644489f * (x * x));
+}
+
+/* dh *= gelu'(h), in place of the gradient of the output; dbias += column sums of the result */
+void NAME(gelu_backward)(float *dh, float *dbias, const float *h, long N, long C) {
+    const long full = C & ~(W - 1L), rest = C - full;
+    for (long n = 0; n < N; n++) {
+        float *d = dh + n * C;
+        const float *row = h + n * C;
+        for (long c = 0; c < full; c += W) {
+            VEC g = NAME(load)(d + c) * NAME(gelu_slope)(NAME(load)(row + c));
+            NAME(store)(d + c, g);
+            NAME(store)(dbias + c, NAME(load)(dbias + c) + g);
+        }
+        if (rest) {
+            VEC g = NAME(load_part)(d + full, rest) * NAME(gelu_slope)(NAME(load_part)(row + full, rest));
+            NAME(store_part)(d + full, g, rest);
+            NAME(store_part)(dbias + full, NAME(load_part)(dbias + full, rest) + g, rest);
+        }
+    }
+}
+
+/* ROWS x (W * VECS) of c = sum over k0 <= k < k1 of a[r * ars + k * aks] * b[k * ldb + :], the heart of attention */
+INLINE void NAME(tile)(float *c, long ldc, const float *a, long ars, long aks, const float *b, long ldb, long k0,
+                       long k1, const int vecs) {
+    VEC acc[ROWS][VECS];
+    for (int r = 0; r < ROWS; r++)
+        for (int v = 0; v < vecs; v++) acc[r][v] = (VEC){0};
+    for (long k = k0; k < k1; k++) {
+        VEC x[VECS];
+        for (int v = 0; v < vecs; v++) x[v] = NAME(load)(b + k * ldb + W * v);
+        for (int r = 0; r < ROWS; r++) {
+            VEC y = NAME(splat)(a[r * ars + k * aks]);
+            for (int v = 0; v < vecs; v++) acc[r][v] += y * x[v];
+        }
+    }
+    for (int r = 0; r < ROWS; r++)
+        for (int v = 0; v < vecs; v++) NAME(store)(c + r * ldc + W * v, acc[r][v]);
+}
+
+/* rows r0..r0+ROWS of c, `width` columns (a multiple of W) */
+INLINE void NAME(stripe)(float *c, long ldc, const float *a, long ars, long aks, const float *b, long ldb, long k0,
+                         long k1, long width) {
+    long j = 0;
+    for (; j + W * VECS <= width; j += W * VECS) NAME(tile)(c + j, ldc, a, ars, aks, b + j, ldb, k0, k1, VECS);
+    for (; j < width; j += W) NAME(tile)(c + j, ldc, a, ars, aks, b + j, ldb, k0, k1, 1);
+}
+
+/* Copy D columns of T rows with a bias and a factor into rows of stride Dp, zero beyond, Tp rows in all. */
+INLINE void NAME(pack)(float *out, const float *in, long stride, const float *bias, float factor, long T, long Tp,
+                       long D, long Dp) {
+    for (long t = 0; t < T; t++) {
+        for (long d = 0; d < D; d++) out[t * Dp + d] = (in[t * stride + d] + (bias ? bias[d] : 0.0f)) * factor;
+        for (long d = D; d < Dp; d++) out[t * Dp + d] = 0.0f;
+    }
+    memset(out + T * Dp, 0, 4 * (size_t)((Tp - T) * Dp));
+}
+
+INLINE void NAME(transpose)(float *out, const float *in, long Tp, long Dp) {
+    for (long t = 0; t < Tp; t += 16)
+        for (long d = 0; d < Dp; d++)
+            for (long i = 0; i < 16; i++) out[d * Tp + t + i] = in[(t + i) * Dp + d];
+}
+
+/* Softmax of s[0..i], zero beyond up to the end of its last stripe; in place. */
+INLINE void NAME(softmax_row)(float *s, long i, long end) {
+    const long last = i & ~(W - 1L);
+    VECI lane;
+    for (int l = 0; l < W; l++) lane[l] = l;
+    const VECI inside = lane <= (int)(i - last);
+    VEC m = NAME(splat)(s[0]);
+    for (long j = 0; j < last; j += W) m = NAME(larger)(NAME(load)(s + j), m);
+    m = NAME(larger)(NAME(choose)(inside, NAME(load)(s + last), m), m);
+    const float top = NAME(largest)(m);
+    VEC total = {0};
+    for (long j = 0; j < last; j += W) {
+        VEC e = NAME(vexp)(NAME(load)(s + j) - top);
+        NAME(store)(s + j, e);
+        total += e;
+    }
+    VEC e = NAME(choose)(inside, NAME(vexp)(NAME(load)(s + last) - top), (VEC){0});
+    NAME(store)(s + last, e);
+    total += e;
+    const float inverse = 1.0f / NAME(sum)(total);
+    for (long j = 0; j <= last; j += W) NAME(store)(s + j, NAME(load)(s + j) * inverse);
+    for (long j = last + W; j < end; j += W) NAME(store)(s + j, (VEC){0});
+}
+
+/* out = row `r` of the probabilities of head h with dropout, up to `end`: element (h * T + r) * T + j of the sequence. */
+INLINE void NAME(drop_row)(float *out, const float *in, long end, long T, long h, long r, uint64_t key,
+                           uint32_t threshold, float factor) {
+    const uint32_t first = (uint32_t)((h * T + r) * T);
+    for (long j = 0; j < end; j += W)
+        NAME(store)(out + j, NAME(load)(in + j) * NAME(kept)(first + (uint32_t)j, key, threshold, factor));
+}
+
+/* Causal attention. qkv[N,3C] is the product without its bias; p[B,H,Tp,Tp] keeps the probabilities (before dropout),
+ * Tp = T rounded up to 16; scratch holds 4 * Tp * Dp + Tp * Tp floats, Dp = D rounded up to 16. keys[B] and a threshold
+ * above 0 drop probabilities. */
+void NAME(attention_forward)(float *out, float *p, const float *qkv, const float *bias, float *scratch, long B, long T,
+                             long H, long D, const uint64_t *keys, uint32_t threshold, float factor) {
+    const long C = H * D, Tp = (T + 15) & ~15L, Dp = (D + 15) & ~15L;
+    float *q = scratch, *k = q + Tp * Dp, *kt = k + Tp * Dp, *v = kt + Tp * Dp, *dropped = v + Tp * Dp;
+    const float scale = 1.0f / sqrtf((float)D);
+    for (long b = 0; b < B; b++)
+        for (long h = 0; h < H; h++) {
+            const float *base = qkv + b * T * 3 * C + h * D;
+            float *s = p + (b * H + h) * Tp * Tp;
+            NAME(pack)(q, base, 3 * C, bias + h * D, scale, T, Tp, D, Dp);
+            NAME(pack)(k, base + C, 3 * C, bias + C + h * D, 1.0f, T, Tp, D, Dp);
+            NAME(pack)(v, base + 2 * C, 3 * C, bias + 2 * C + h * D, 1.0f, T, Tp, D, Dp);
+            NAME(transpose)(kt, k, Tp, Dp);
+            float *o = k; /* k is done with */
+            for (long i = 0; i < Tp; i += ROWS) {
+                const long end = (i + ROWS + 15) & ~15L;
+                NAME(stripe)(s + i * Tp, Tp, q + i * Dp, Dp, 1, kt, Tp, 0, D, end);
+                for (long r = i; r < i + ROWS; r++) NAME(softmax_row)(s + r * Tp, r, end);
+                const float *used = s + i * Tp;
+                if (threshold) {
+                    for (long r = i; r < i + ROWS; r++)
+                        NAME(drop_row)(dropped + (r - i) * Tp, s + r * Tp, end, T, h, r, keys[b], threshold, factor);
+                    used = dropped;
+                }
+                NAME(stripe)(o + i * Dp, Dp, used, Tp, 1, v, Dp, 0, i + ROWS, Dp);
+            }
+            for (long t = 0; t < T; t++) memcpy(out + (b * T + t) * C + h * D, o + t * Dp, 4 * (size_t)D);
+        }
+}
+
+/* dqkv[N,3C] and dbias += from dout[N,C] and what the forward pass kept. The key bias gets nothing: softmax does not
+ * change by a constant per row. scratch holds 8 * Tp * Dp + 2 * Tp * Tp floats. */
+void NAME(attention_backward)(float *dqkv, float *dbias, const float *dout, const float *p, const float *qkv,
+                              const float *bias, float *scratch, long B, long T, long H, long D, const uint64_t *keys,
+                              uint32_t threshold, float factor) {
+    const long C = H * D, Tp = (T + 15) & ~15L, Dp = (D + 15) & ~15L, size = Tp * Dp;
+    float *q = scratch, *k = q + size, *v = k + size, *vt = v + size, *g = vt + size;
+    float *dq = g + size, *dk = dq + size, *dv = dk + size, *ds = dv + size;
+    float *dropped = ds + Tp * Tp;
+    const float scale = 1.0f / sqrtf((float)D);
+    for (long b = 0; b < B; b++)
+        for (long h = 0; h < H; h++) {
+            const float *base = qkv + b * T * 3 * C + h * D;
+            const float *s = p + (b * H + h) * Tp * Tp;
+            NAME(pack)(q, base, 3 * C, bias + h * D, scale, T, Tp, D, Dp);
+            NAME(pack)(k, base + C, 3 * C, bias + C + h * D, 1.0f, T, Tp, D, Dp);
+            NAME(pack)(v, base + 2 * C, 3 * C, bias + 2 * C + h * D, 1.0f, T, Tp, D, Dp);
+            NAME(pack)(g, dout + b * T * C + h * D, C, NULL, 1.0f, T, Tp, D, Dp);
+            NAME(transpose)(vt, v, Tp, Dp);
+            for (long i = 0; i < Tp; i += ROWS) {
+                const long end = (i + ROWS + 15) & ~15L;
+                NAME(stripe)(ds + i * Tp, Tp, g + i * Dp, Dp, 1, vt, Tp, 0, D, end);
+                for (long r = i; r < i + ROWS; r++) {
+                    float *row = ds + r * Tp;
+                    const float *prob = s + r * Tp;
+                    VEC total = {0};
+                    if (threshold) {
+                        NAME(drop_row)(dropped + r * Tp, prob, end, T, h, r, keys[b], threshold, factor);
+                        NAME(drop_row)(row, row, end, T, h, r, keys[b], threshold, factor);
+                    }
+                    for (long j = 0; j < end; j += W) total += NAME(load)(row + j) * NAME(load)(prob + j);
+                    const float mean = NAME(sum)(total);
+                    for (long j = 0; j < end; j += W)
+                        NAME(store)(row + j, (NAME(load)(row + j) - mean) * NAME(load)(prob + j));
+                }
+                NAME(stripe)(dq + i * Dp, Dp, ds + i * Tp, Tp, 1, k, Dp, 0, i + ROWS, Dp);
+            }
+            for (long j = 0; j < Tp; j += ROWS) {
+                NAME(stripe)(dk + j * Dp, Dp, ds + j, 1, Tp, q, Dp, j, Tp, Dp);
+                NAME(stripe)(dv + j * Dp, Dp, (threshold ? dropped : s) + j, 1, Tp, g, Dp, j, Tp, Dp);
+            }
+            for (long t = 0; t < T; t++) {
+                float *row = dqkv + (b * T + t) * 3 * C + h * D;
+                for (long d = 0; d < D; d++) {
+                    row[d] = dq[t * Dp + d] * scale;
+                    row[C + d] = dk[t * Dp + d];
+                    row[2 * C + d] = dv[t * Dp + d];
+                    dbias[h * D + d] += row[d];
+                    dbias[2 * C + h * D + d] += row[2 * C + d];
+                }
+            }
+        }
+}
+
+/* The sum of the losses of N rows, -1 as target counting for nothing; with `gradient`, logits become softmax - onehot. */
+double NAME(cross_entropy)(float *logits, const int32_t *targets, long N, long V, long gradient) {
+    const long full = V & ~(W - 1L), rest = V - full;
+    double loss = 0.0;
+    for (long n = 0; n < N; n++) {
+        float *row = logits + n * V;
+        const int32_t target = targets[n];
+        if (target < 0) {
+            if (gradient) memset(row, 0, 4 * (size_t)V);
+            continue;
+        }
+        VEC m = NAME(splat)(row[0]);
+        for (long c = 0; c < full; c += W) m = NAME(larger)(NAME(load)(row + c), m);
+        float top = NAME(largest)(m);
+        for (long c = full; c < V; c++) top = row[c] > top ? row[c] : top;
+        const float hit = row[target];
+        VEC total = {0};
+        for (long c = 0; c < full; c += W) {
+            VEC e = NAME(vexp)(NAME(load)(row + c) - top);
+            if (gradient) NAME(store)(row + c, e);
+            total += e;
+        }
+        if (rest) {
+            VEC e = NAME(vexp)(NAME(load_part)(row + full, rest) - top), padded = {0};
+            memcpy(&padded, &e, 4 * (size_t)rest);
+            if (gradient) NAME(store_part)(row + full, e, rest);
+            total += padded;
+        }
+        const float s = NAME(sum)(total);
+        loss += log((double)s) + (double)top - (double)hit;
+        if (gradient) {
+            const float inverse = 1.0f / s;
+            for (long c = 0; c < V; c++) row[c] *= inverse;
+            row[target] -= 1.0f;
+        }
+    }
+    return loss;
+}
+
+/* AdamW on n elements; `scale` multiplies the gradient, `shrink` = 1 - learning rate * decay the parameter. */
+void NAME(adamw)(float *restrict out, float *restrict out_m, float *restrict out_v, const float *p, const float *g,
+                 const float *m, const float *v, long n, float scale, float beta1, float beta2, float step_size,
+                 float root_correction, float eps, float shrink) {
+    for (long i = 0; i < n; i++) {
+        const float x = g[i] * scale;
+        const float m1 = beta1 * m[i] + (1.0f - beta1) * x;
+        const float v1 = beta2 * v[i] + (1.0f - beta2) * (x * x);
+        out_m[i] = m1;
+        out_v[i] = v1;
+        out[i] = p[i] * shrink - step_size * (m1 / (sqrtf(v1) * root_correction + eps));
+    }
+}
+
+/* sums[b] = sum of squares of x[start[b]..stop[b]], in double, in a fixed order */
+void NAME(block_sums)(double *sums, const float *x, const int64_t *bounds, long n) {
+    for (long b = 0; b < n; b++) {
+        double lane[8] = {0};
+        const long start = bounds[2 * b], stop = bounds[2 * b + 1];
+        long i = start;
+        for (; i + 8 <= stop; i += 8)
+            for (int l = 0; l < 8; l++) lane[l] += (double)x[i + l] * (double)x[i + l];
+        for (int l = 0; i + l < stop; l++) lane[l] += (double)x[i + l] * (double)x[i + l];
+        sums[b] = ((lane[0] + lane[4]) + (lane[2] + lane[6])) + ((lane[1] + lane[5]) + (lane[3] + lane[7]));
+    }
+}

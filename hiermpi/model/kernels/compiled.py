@@ -1,0 +1,169 @@
+"""The kernels of kernels.c through ctypes: the methods of the numpy reference, on C-contiguous float32 arrays."""
+
+import ctypes
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hiermpi.model.dropout import kept_scale
+from hiermpi.model.kernels.reference import NO_KEYS, padded
+from hiermpi.model.parameters import aligned_empty
+
+Array = NDArray[np.float32]
+
+_TYPES = {"p": ctypes.c_void_p, "l": ctypes.c_long, "u": ctypes.c_uint32, "f": ctypes.c_float}
+SIGNATURES = {  # p: address, l: long, u: uint32, f: float; as in body.h
+    "embed_forward": "pppp lll",
+    "embed_backward": "pppp lll",
+    "norm_forward": "pppppp ll",
+    "residual_norm_forward": "ppppppppp ll",
+    "norm_backward": "ppppppppp lll",
+    "column_sums": "pp ll",
+    "gelu_forward": "ppp ll",
+    "gelu_backward": "ppp ll",
+    "dropout": "pp ll uf",
+    "attention_forward": "ppppp llll puf",
+    "attention_backward": "ppppppp llll puf",
+    "cross_entropy": "pp lll",
+    "adamw": "ppppppp l fffffff",
+    "block_sums": "ppp l",
+}
+
+
+class CompiledKernels:
+    """One instruction set of the compiled library.
+
+    Args:
+        library: the loaded shared object.
+        level: ``plain``, ``avx2`` or ``avx512``.
+    """
+
+    def __init__(self, library: ctypes.CDLL, level: str) -> None:
+        self.name = level
+        self._call: dict[str, Callable[..., Any]] = {}
+        for name, letters in SIGNATURES.items():
+            function = library[f"{name}_{level}"]
+            function.argtypes = [_TYPES[letter] for letter in letters.replace(" ", "")]
+            function.restype = ctypes.c_double if name == "cross_entropy" else None
+            self._call[name] = function
+        self._scratch = aligned_empty(0, np.float32)
+
+    def embed_forward(self, x: Array, inputs: NDArray[np.int32], wte: Array, wpe: Array) -> None:
+        self._call["embed_forward"](at(x), at(inputs), at(wte), at(wpe), x.shape[0], inputs.shape[1], x.shape[1])
+
+    def embed_backward(self, dwte: Array, dwpe: Array, dx: Array, inputs: NDArray[np.int32]) -> None:
+        self._call["embed_backward"](at(dwte), at(dwpe), at(dx), at(inputs), dx.shape[0], inputs.shape[1], dx.shape[1])
+
+    def norm_forward(self, out: Array, mean: Array, rstd: Array, x: Array, weight: Array, bias: Array) -> None:
+        self._call["norm_forward"](at(out), at(mean), at(rstd), at(x), at(weight), at(bias), *x.shape)
+
+    def residual_norm_forward(
+        self,
+        total: Array,
+        out: Array,
+        mean: Array,
+        rstd: Array,
+        residual: Array,
+        branch: Array,
+        branch_bias: Array,
+        weight: Array,
+        bias: Array,
+    ) -> None:
+        arrays = (total, out, mean, rstd, residual, branch, branch_bias, weight, bias)
+        self._call["residual_norm_forward"](*map(at, arrays), *total.shape)
+
+    def norm_backward(
+        self,
+        dx: Array,
+        dweight: Array,
+        dbias: Array,
+        dbranch: Array | None,
+        dout: Array,
+        x: Array,
+        mean: Array,
+        rstd: Array,
+        weight: Array,
+        fresh: bool,
+    ) -> None:
+        branch = None if dbranch is None else at(dbranch)
+        rest = map(at, (dout, x, mean, rstd, weight))
+        self._call["norm_backward"](at(dx), at(dweight), at(dbias), branch, *rest, *x.shape, fresh)
+
+    def column_sums(self, dbias: Array, dy: Array) -> None:
+        self._call["column_sums"](at(dbias), at(dy), *dy.shape)
+
+    def gelu_forward(self, out: Array, h: Array, bias: Array) -> None:
+        self._call["gelu_forward"](at(out), at(h), at(bias), *h.shape)
+
+    def gelu_backward(self, dh: Array, dbias: Array, h: Array) -> None:
+        self._call["gelu_backward"](at(dh), at(dbias), at(h), *h.shape)
+
+    def dropout(self, x: Array, keys: NDArray[np.uint64], threshold: int) -> None:
+        count = len(keys)
+        self._call["dropout"](at(x), at(keys), count, x.size // count, threshold, kept_scale(threshold))
+
+    def attention_forward(
+        self,
+        out: Array,
+        p: Array,
+        qkv: Array,
+        bias: Array,
+        shape: Sequence[int],
+        keys: NDArray[np.uint64] = NO_KEYS,
+        threshold: int = 0,
+    ) -> None:
+        scratch = self._scratch_for(shape)
+        arrays = (out, p, qkv, bias, scratch)
+        self._call["attention_forward"](*map(at, arrays), *shape, at(keys), threshold, kept_scale(threshold))
+
+    def attention_backward(
+        self,
+        dqkv: Array,
+        dbias: Array,
+        dout: Array,
+        p: Array,
+        qkv: Array,
+        bias: Array,
+        shape: Sequence[int],
+        keys: NDArray[np.uint64] = NO_KEYS,
+        threshold: int = 0,
+    ) -> None:
+        scratch = self._scratch_for(shape)
+        arrays = (dqkv, dbias, dout, p, qkv, bias, scratch)
+        self._call["attention_backward"](*map(at, arrays), *shape, at(keys), threshold, kept_scale(threshold))
+
+    def cross_entropy(self, logits: Array, targets: NDArray[np.int32], gradient: bool) -> float:
+        return float(self._call["cross_entropy"](at(logits), at(targets), *logits.shape, gradient))
+
+    def adamw(
+        self,
+        arrays: Sequence[Array],
+        scale: float,
+        beta1: float,
+        beta2: float,
+        step_size: float,
+        root_correction: float,
+        eps: float,
+        shrink: float,
+    ) -> None:
+        """AdamW on (out, out_m, out_v, parameters, gradients, m, v) of one length; see :mod:`hiermpi.optimizer`."""
+        numbers = (scale, beta1, beta2, step_size, root_correction, eps, shrink)
+        self._call["adamw"](*map(at, arrays), len(arrays[0]), *numbers)
+
+    def block_sums(self, sums: NDArray[np.float64], vector: Array, bounds: NDArray[np.int64]) -> None:
+        """sums (n,) = sum of squares of vector[start:stop] for each row of bounds (n, 2)."""
+        self._call["block_sums"](at(sums), at(vector), at(bounds), len(sums))
+
+    def _scratch_for(self, shape: Sequence[int]) -> Array:
+        length, width = padded(shape[1]), padded(shape[3])
+        size = 8 * length * width + 2 * length * length
+        if self._scratch.size < size:
+            self._scratch = aligned_empty(size, np.float32)
+        return self._scratch
+
+
+def at(array: NDArray[Any]) -> int:
+    """Address of an array's first byte. The caller keeps the array alive, and C-contiguous."""
+    return array.__array_interface__["data"][0]

@@ -1,0 +1,224 @@
+"""The layers in plain numpy: the specification that every faster path must agree with.
+
+Functions on arrays, no hidden state. Gradients have a ``d`` in front. Rows N = B * T, channels C, heads H of size
+D = C / H, vocabulary V; any floating dtype. Outputs are written into arrays that the caller gives.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hiermpi.model.dropout import kept_factor
+
+Array = NDArray[np.floating]
+NORM_EPSILON = 1e-5
+GELU_SCALE = np.sqrt(2.0 / np.pi)
+GELU_CUBIC = 0.044715
+
+NO_KEYS = np.zeros(0, np.uint64)
+
+
+def padded(n: int) -> int:
+    """``n`` rounded up to 16: the layout of kept attention probabilities."""
+    return -(-n // 16) * 16
+
+
+class ReferenceKernels:
+    """The kernels in numpy."""
+
+    name = "numpy"
+
+    def embed_forward(self, x: Array, inputs: NDArray[np.int32], wte: Array, wpe: Array) -> None:
+        """x (N, C) = wte[inputs] + wpe[position]; inputs (B, T) rows of wte (V, C); wpe (>= T, C)."""
+        batch, length = inputs.shape
+        np.take(wte, inputs.reshape(-1), axis=0, out=x)
+        x.reshape(batch, length, -1)[...] += wpe[:length]
+
+    def embed_backward(self, dwte: Array, dwpe: Array, dx: Array, inputs: NDArray[np.int32]) -> None:
+        """dwte[inputs] += dx, in the order of the rows; dwpe[position] += dx."""
+        batch, length = inputs.shape
+        np.add.at(dwte, inputs.reshape(-1), dx)
+        dwpe[:length] += dx.reshape(batch, length, -1).sum(axis=0)
+
+    def norm_forward(self, out: Array, mean: Array, rstd: Array, x: Array, weight: Array, bias: Array) -> None:
+        """Layer norm of the rows of x (N, C) (Ba, Kiros, Hinton 2016); mean, rstd (N,) are kept for backward."""
+        np.mean(x, axis=1, out=mean)
+        np.subtract(x, mean[:, None], out=out)
+        np.divide(1.0, np.sqrt(np.mean(out * out, axis=1) + NORM_EPSILON), out=rstd)
+        out *= rstd[:, None]
+        out *= weight
+        out += bias
+
+    def residual_norm_forward(
+        self,
+        total: Array,
+        out: Array,
+        mean: Array,
+        rstd: Array,
+        residual: Array,
+        branch: Array,
+        branch_bias: Array,
+        weight: Array,
+        bias: Array,
+    ) -> None:
+        """total (N, C) = residual + branch + branch_bias; out = layer norm of total."""
+        np.add(branch, branch_bias, out=total)
+        total += residual
+        self.norm_forward(out, mean, rstd, total, weight, bias)
+
+    def norm_backward(
+        self,
+        dx: Array,
+        dweight: Array,
+        dbias: Array,
+        dbranch: Array | None,
+        dout: Array,
+        x: Array,
+        mean: Array,
+        rstd: Array,
+        weight: Array,
+        fresh: bool,
+    ) -> None:
+        """Add the gradient of layer norm to dx (N, C) (write it where ``fresh``), dweight (C,) and dbias (C,).
+
+        dbranch (C,), unless None, += column sums of the new dx: the bias gradient of the branch added to x.
+        """
+        normed = (x - mean[:, None]) * rstd[:, None]
+        dbias += dout.sum(axis=0)
+        dweight += (dout * normed).sum(axis=0)
+        dnormed = dout * weight
+        average = dnormed.mean(axis=1, keepdims=True)
+        normed *= (dnormed * normed).mean(axis=1, keepdims=True)
+        dnormed -= average
+        dnormed -= normed
+        dnormed *= rstd[:, None]
+        if fresh:
+            dx[...] = dnormed
+        else:
+            dx += dnormed
+        if dbranch is not None:
+            dbranch += dx.sum(axis=0)
+
+    def column_sums(self, dbias: Array, dy: Array) -> None:
+        """dbias (C,) += column sums of dy (N, C)."""
+        dbias += dy.sum(axis=0)
+
+    def gelu_forward(self, out: Array, h: Array, bias: Array) -> None:
+        """h (N, K) += bias; out (N, K) = GELU(h), the tanh form (Hendrycks, Gimpel 2016)."""
+        h += bias
+        np.multiply(h, h, out=out)
+        out *= GELU_CUBIC
+        out += 1.0
+        out *= h
+        out *= GELU_SCALE
+        np.tanh(out, out=out)
+        out += 1.0
+        out *= h
+        out *= 0.5
+
+    def gelu_backward(self, dh: Array, dbias: Array, h: Array) -> None:
+        """dh (N, K) *= GELU'(h), in place of the gradient of the output; dbias (K,) += its column sums."""
+        square = h * h
+        t = np.tanh(GELU_SCALE * (h + GELU_CUBIC * square * h))
+        slope = 0.5 * (1.0 + t) + 0.5 * h * (1.0 - t * t) * GELU_SCALE * (1.0 + 3.0 * GELU_CUBIC * square)
+        dh *= slope
+        dbias += dh.sum(axis=0)
+
+    def dropout(self, x: Array, keys: NDArray[np.uint64], threshold: int) -> None:
+        """Drop elements of x (N, C) in place; the rows of sequence b are x.reshape(B, T, C)[b], under keys[b]."""
+        rows = x.reshape(len(keys), -1)
+        rows *= kept_factor(keys, rows.shape[1:], threshold, x.dtype)
+
+    def attention_forward(
+        self,
+        out: Array,
+        p: Array,
+        qkv: Array,
+        bias: Array,
+        shape: Sequence[int],
+        keys: NDArray[np.uint64] = NO_KEYS,
+        threshold: int = 0,
+    ) -> None:
+        """Causal attention (Vaswani et al. 2017).
+
+        Args:
+            out: (N, C).
+            p: (B, H, Tp, Tp) keeps the probabilities, before dropout; Tp is T rounded up to 16.
+            qkv: (N, 3C) the product without its bias.
+            bias: (3C,).
+            shape: B, T, H, D.
+            keys: (B,) of the sequences, where ``threshold`` is above 0.
+            threshold: see :mod:`hiermpi.model.dropout`.
+        """
+        batch, length, heads, width = shape
+        q, k, v = self._heads(qkv + bias, shape)
+        scores = np.matmul(q, k.swapaxes(2, 3)) * (1.0 / np.sqrt(width))
+        scores[..., np.triu(np.ones((length, length), bool), 1)] = -np.inf
+        scores -= scores.max(axis=3, keepdims=True)
+        np.exp(scores, out=scores)
+        scores /= scores.sum(axis=3, keepdims=True)
+        p[:, :, :length, :length] = scores
+        if threshold:
+            scores *= kept_factor(keys, scores.shape[1:], threshold, out.dtype)
+        out.reshape(batch, length, heads, width)[...] = np.matmul(scores, v).swapaxes(1, 2)
+
+    def attention_backward(
+        self,
+        dqkv: Array,
+        dbias: Array,
+        dout: Array,
+        p: Array,
+        qkv: Array,
+        bias: Array,
+        shape: Sequence[int],
+        keys: NDArray[np.uint64] = NO_KEYS,
+        threshold: int = 0,
+    ) -> None:
+        """dqkv (N, 3C) is written, dbias (3C,) added to; other arguments as in the forward pass."""
+        batch, length, heads, width = shape
+        channels = heads * width
+        q, k, v = self._heads(qkv + bias, shape)
+        grown = dout.reshape(batch, length, heads, width).swapaxes(1, 2)
+        scores = p[:, :, :length, :length]
+        dscores = np.matmul(grown, v.swapaxes(2, 3))
+        used = scores
+        if threshold:
+            factor = kept_factor(keys, scores.shape[1:], threshold, dout.dtype)
+            used = scores * factor
+            dscores *= factor
+        dscores -= (dscores * scores).sum(axis=3, keepdims=True)
+        dscores *= scores
+        dscores *= 1.0 / np.sqrt(width)
+        parts = dqkv.reshape(batch, length, 3, heads, width)
+        parts[:, :, 0] = np.matmul(dscores, k).swapaxes(1, 2)
+        parts[:, :, 1] = np.matmul(dscores.swapaxes(2, 3), q).swapaxes(1, 2)
+        parts[:, :, 2] = np.matmul(used.swapaxes(2, 3), grown).swapaxes(1, 2)
+        # A key bias adds one constant to each row of scores, which softmax does not see: its gradient is zero.
+        # What rounding leaves of it would be blown up by AdamW, so it is not added.
+        dbias[:channels] += dqkv[:, :channels].sum(axis=0)
+        dbias[2 * channels :] += dqkv[:, 2 * channels :].sum(axis=0)
+
+    def cross_entropy(self, logits: Array, targets: NDArray[np.int32], gradient: bool) -> float:
+        """The sum of the losses of logits (N, V) over targets (N,), in nats; targets below 0 count for nothing.
+
+        With ``gradient``, logits become softmax - onehot, the gradient of the sum (zero rows where ignored).
+        """
+        top = logits.max(axis=1, keepdims=True)
+        shifted = np.subtract(logits, top, out=logits)
+        rows = np.flatnonzero(targets >= 0)
+        hit = shifted[rows, targets[rows]].astype(np.float64)
+        np.exp(shifted, out=shifted)
+        total = shifted.sum(axis=1)
+        loss = float((np.log(total[rows], dtype=np.float64) - hit).sum())
+        if gradient:
+            logits /= total[:, None]
+            logits[rows, targets[rows]] -= 1.0
+            logits[targets < 0] = 0.0
+        return loss
+
+    def _heads(self, qkv: Array, shape: Sequence[int]) -> tuple[Array, Array, Array]:
+        """q, k, v as (B, H, T, D) views of qkv (N, 3C)."""
+        batch, length, heads, width = shape
+        parts = qkv.reshape(batch, length, 3, heads, width).transpose(2, 0, 3, 1, 4)
+        return parts[0], parts[1], parts[2]

@@ -1,0 +1,9 @@
+#undef LEVEL
+#undef W
+#undef ROWS
+#undef VECS
+#undef VEC
+#undef VECU
+#undef VECI
+#undef VECN
+#undef INLINE

@@ -1,0 +1,441 @@
+"""GPT-2's architecture: pre-norm blocks, learned positions, GELU(tanh), tied or untied output (Radford et al. 2019).
+
+Forward and backward are written out. Batch and time are folded into one product per layer; everything between the
+products is a kernel of :mod:`hiermpi.model.kernels`; all buffers are allocated once, at the first batch. The model
+works on row ids, which are class-major (:mod:`hiermpi.hierarchy.symmetry`); checkpoints and logits are in token order.
+
+Sizes in comments: B sequences, T tokens of each, N = B T rows, C channels, H heads of D channels, V rows of the table.
+"""
+
+from collections.abc import Mapping
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from hiermpi.config.schema import ModelConfig
+from hiermpi.hierarchy.symmetry import SymmetryTable, symmetry_groups
+from hiermpi.model.contract import Batch
+from hiermpi.model.dropout import sequence_keys, threshold_of
+from hiermpi.model.kernels import Kernels, load_kernels
+from hiermpi.model.kernels.reference import NO_KEYS, ReferenceKernels, padded
+from hiermpi.model.parameters import ParameterBuffer, TensorSpec, aligned_empty
+
+AUTOMATIC_MICRO_BATCH_TOKENS = 2048
+"""Tokens of a micro-batch where ``train.micro_batch_size`` is 0: larger ones fall out of the caches."""
+LOGITS_BUFFER_ELEMENTS = 1 << 20
+"""Logits are computed for as many rows at a time as fit in this many elements."""
+
+EMBEDDING_SITE = 0
+
+
+def transformer_specs(config: ModelConfig) -> list[TensorSpec]:
+    """The tensors of the model, in their order within the vector: the decayed matrices, then the rest."""
+    width = config.n_embd
+    table = (config.vocab_size, width)
+    matrices = [
+        TensorSpec("wte.weight", table, decay=True, symmetry_rows=True),
+        TensorSpec("wpe.weight", (config.context_length, width), decay=True),
+    ]
+    vectors = []
+    for layer in range(config.n_layer):
+        for name, n_in, n_out in _linear_layers(width):
+            matrices.append(TensorSpec(f"h.{layer}.{name}.weight", (n_in, n_out), decay=True))
+            vectors.append(TensorSpec(f"h.{layer}.{name}.bias", (n_out,)))
+        for name in ("ln_1", "ln_2"):
+            vectors += [TensorSpec(f"h.{layer}.{name}.{part}", (width,)) for part in ("weight", "bias")]
+    vectors += [TensorSpec(f"ln_f.{part}", (width,)) for part in ("weight", "bias")]
+    if not config.tie_embeddings:
+        matrices.append(TensorSpec("lm_head.weight", table, decay=True, symmetry_rows=True))
+    return matrices + vectors
+
+
+def _linear_layers(width: int) -> list[tuple[str, int, int]]:
+    return [
+        ("attn.c_attn", width, 3 * width),
+        ("attn.c_proj", width, width),
+        ("mlp.c_fc", width, 4 * width),
+        ("mlp.c_proj", 4 * width, width),
+    ]
+
+
+def micro_batch_sequences(config: ModelConfig, wanted: int = 0) -> int:
+    """Sequences computed at once: ``wanted``, or the automatic choice where that is 0."""
+    return wanted or max(1, AUTOMATIC_MICRO_BATCH_TOKENS // config.context_length)
+
+
+def workspace_shapes(config: ModelConfig, sequences: int) -> dict[str, tuple[int, ...]]:
+    """The float buffers that a micro-batch of ``sequences`` needs; (layers, ...) where the backward pass needs them."""
+    length, width, layers, heads = config.context_length, config.n_embd, config.n_layer, config.n_head
+    rows = sequences * length
+    logits_rows = max(1, min(rows, LOGITS_BUFFER_ELEMENTS // max(config.vocab_size, 1)))
+    return {
+        "x": (layers + 1, rows, width),  # input of each block, and of the last norm
+        "middle": (layers, rows, width),
+        "norm1": (layers + 1, rows, width),
+        "norm2": (layers, rows, width),
+        "mean": (2 * layers + 1, rows),
+        "rstd": (2 * layers + 1, rows),
+        "qkv": (layers, rows, 3 * width),
+        "p": (layers, sequences, heads, padded(length), padded(length)),
+        "heads": (layers, rows, width),
+        "hidden": (layers, rows, 4 * width),
+        "active": (layers, rows, 4 * width),
+        "branch": (rows, width),
+        "wide": (rows, 4 * width),
+        "dx": (rows, width),
+        "logits": (logits_rows, config.vocab_size),
+        "product": (max(4 * width * width, config.vocab_size * width),),
+    }
+
+
+def activation_bytes(config: ModelConfig, micro_batch_size: int = 0) -> int:
+    """Bytes of the buffers of a leaf that computes ``micro_batch_size`` sequences at once."""
+    shapes = workspace_shapes(config, micro_batch_sequences(config, micro_batch_size))
+    return 4 * sum(int(np.prod(shape)) for shape in shapes.values())
+
+
+def flops_per_token(config: ModelConfig) -> float:
+    """Floating-point operations of forward and backward per token: 6 N + 12 L C T (Chowdhery et al. 2022)."""
+    matrices = sum(spec.size for spec in transformer_specs(config) if spec.decay and spec.name != "wpe.weight")
+    if not config.tie_embeddings:
+        matrices -= config.vocab_size * config.n_embd
+    return 6.0 * matrices + 12.0 * config.n_layer * config.n_embd * config.context_length
+
+
+class Transformer:
+    """A GPT-2 that satisfies :class:`hiermpi.model.contract.Model`.
+
+    Args:
+        config: with the vocabulary size resolved.
+        symmetry_group: (<= V,) symmetry class of each token id; others go by id modulo the order.
+        dtype: float32, or float64 for gradient checks (then the kernels are the numpy reference).
+        storage: memory for the parameters, see :class:`ParameterBuffer`.
+        micro_batch_size: most sequences computed at once; 0 chooses.
+        kernels: by default the environment's.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        symmetry_group: NDArray[np.uint8] | None = None,
+        dtype: DTypeLike = np.float32,
+        storage: NDArray | None = None,
+        micro_batch_size: int = 0,
+        kernels: Kernels | None = None,
+    ) -> None:
+        self.config = config
+        self.symmetry_order = config.symmetry_order
+        groups = symmetry_groups(symmetry_group, config.vocab_size, config.symmetry_order)
+        self.symmetry = SymmetryTable(groups, config.symmetry_order)
+        self.parameters = ParameterBuffer(transformer_specs(config), dtype, storage)
+        self.micro_batch = micro_batch_sequences(config, micro_batch_size)
+        self.kernels = (kernels or load_kernels()) if self.parameters.dtype == np.float32 else ReferenceKernels()
+        self.threshold = threshold_of(config.dropout)
+        self._blocks = [_block(self.parameters.tensors, layer) for layer in range(config.n_layer)]
+        self._whole: dict[str, NDArray] = {}
+        """The buffers at their full size; empty until the first batch, so that who never computes pays nothing."""
+        self._buffers: dict[str, NDArray] = {}
+        """Views of them for the micro-batch in work."""
+        self._size = 0
+        self._shape_in_use = (0, 0)
+
+    # What the trainer calls.
+
+    def loss(self, batch: Batch) -> tuple[float, int]:
+        """The sum of the losses over the batch's targets, in nats, and their number. Without dropout."""
+        total = 0.0
+        for part in self._micro_batches(batch):
+            self._forward(part, threshold=0)
+            total += self._head(part, None)
+        return total, int((batch.targets >= 0).sum())
+
+    def loss_and_gradients(self, batch: Batch, gradients: NDArray) -> tuple[float, int]:
+        """Add the batch's gradient SUM into ``gradients``; return (loss_sum, n_tokens)."""
+        total = 0.0
+        grads = self.parameters.views(gradients)
+        fresh = not gradients.any()  # then products may be written instead of added
+        for part in self._micro_batches(batch):
+            keys = self._forward(part, self.threshold)
+            total += self._head(part, Gradients(grads, fresh))
+            self._backward(part, Gradients(grads, fresh), keys)
+            fresh = False
+        return total, int((batch.targets >= 0).sum())
+
+    def logits(self, inputs: NDArray[np.int32]) -> NDArray:
+        """(B, T, V) logits in token order of inputs (B, T) given as rows of the table."""
+        parts = []
+        for first in range(0, len(inputs), self.micro_batch):
+            part = np.ascontiguousarray(inputs[first : first + self.micro_batch], np.int32)
+            self._forward(Batch(part, part, np.zeros(len(part), np.int64), 0, 0), threshold=0)
+            rows = self._buffers["norm1"][self.config.n_layer]
+            out = rows[: part.size] @ self._head_weight(self.parameters.tensors).T
+            parts.append(out[:, self.symmetry.row_of_token].reshape(*part.shape, -1))
+        return np.concatenate(parts)
+
+    # Parameters from and to the outside.
+
+    def initialize(self, seed: int) -> None:
+        """GPT-2's initialisation, the same for every symmetry table: drawn tensor by tensor in token order."""
+        scale = 0.02
+        for index, spec in enumerate(self.parameters.specs):
+            tensor = self.parameters[spec.name]
+            if spec.name.endswith("bias"):
+                tensor[...] = 0.0
+            elif len(spec.shape) == 1:
+                tensor[...] = 1.0
+            else:
+                drawn = np.random.default_rng([seed, index]).standard_normal(spec.shape, np.float32)
+                residual = spec.name.endswith("c_proj.weight")
+                drawn *= scale / np.sqrt(2 * self.config.n_layer) if residual else scale
+                tensor[...] = drawn[self.symmetry.token_of_row] if spec.symmetry_rows else drawn
+
+    def tensors_in_token_order(self, vector: NDArray) -> dict[str, NDArray]:
+        """Copies of the tensors in a vector of the parameters' layout, table rows in token order."""
+        views = self.parameters.views(vector)
+        rows = self.symmetry.row_of_token
+        return {
+            spec.name: views[spec.name][rows] if spec.symmetry_rows else views[spec.name].copy()
+            for spec in self.parameters.specs
+        }
+
+    def load_token_order(self, tensors: Mapping[str, NDArray], vector: NDArray) -> None:
+        """Fill a vector of the parameters' layout from tensors in token order. Raises KeyError, ValueError."""
+        views = self.parameters.views(vector)
+        for spec in self.parameters.specs:
+            source = tensors[spec.name]
+            if source.shape != spec.shape:
+                raise ValueError(f"{spec.name} has shape {source.shape}, expected {spec.shape}")
+            views[spec.name][...] = source[self.symmetry.token_of_row] if spec.symmetry_rows else source
+
+    # The passes.
+
+    def _micro_batches(self, batch: Batch) -> list[Batch]:
+        size = self.micro_batch
+        return [
+            Batch(
+                np.ascontiguousarray(batch.inputs[first : first + size], np.int32),
+                np.ascontiguousarray(batch.targets[first : first + size], np.int32),
+                batch.sequence_ids[first : first + size],
+                batch.seed,
+                batch.step,
+            )
+            for first in range(0, len(batch.inputs), size)
+        ]
+
+    def _forward(self, batch: Batch, threshold: int) -> "Keys":
+        """Everything up to the last norm, kept in the buffers."""
+        sequences, length = batch.inputs.shape
+        buffers = self._reserve(sequences, length)
+        kernels, tensors = self.kernels, self.parameters.tensors
+        layers, shape = self.config.n_layer, self._shape(batch)
+        x, middle, norm1, norm2 = buffers["x"], buffers["middle"], buffers["norm1"], buffers["norm2"]
+        mean, rstd, branch = buffers["mean"], buffers["rstd"], buffers["branch"]
+        keys = Keys(batch, threshold)
+        kernels.embed_forward(x[0], batch.inputs, tensors["wte.weight"], tensors["wpe.weight"])
+        keys.drop(kernels, x[0], EMBEDDING_SITE)
+        first = _norm(tensors, "h.0.ln_1")
+        kernels.norm_forward(norm1[0], mean[0], rstd[0], x[0], *first)
+        for i in range(layers):
+            p = self._blocks[i]
+            np.matmul(norm1[i], p["attn.c_attn.weight"], out=buffers["qkv"][i])
+            site = 1 + 3 * i
+            kernels.attention_forward(
+                buffers["heads"][i],
+                buffers["p"][i],
+                buffers["qkv"][i],
+                p["attn.c_attn.bias"],
+                shape,
+                keys.at(site),
+                threshold,
+            )
+            np.matmul(buffers["heads"][i], p["attn.c_proj.weight"], out=branch)
+            after = (norm2[i], mean[2 * i + 1], rstd[2 * i + 1])
+            bias = keys.drop_branch(kernels, branch, p["attn.c_proj.bias"], site + 1)
+            kernels.residual_norm_forward(middle[i], *after, x[i], branch, bias, p["ln_2.weight"], p["ln_2.bias"])
+            np.matmul(norm2[i], p["mlp.c_fc.weight"], out=buffers["hidden"][i])
+            kernels.gelu_forward(buffers["active"][i], buffers["hidden"][i], p["mlp.c_fc.bias"])
+            np.matmul(buffers["active"][i], p["mlp.c_proj.weight"], out=branch)
+            after = (norm1[i + 1], mean[2 * i + 2], rstd[2 * i + 2])
+            bias = keys.drop_branch(kernels, branch, p["mlp.c_proj.bias"], site + 2)
+            following = _norm(tensors, f"h.{i + 1}.ln_1" if i + 1 < layers else "ln_f")
+            kernels.residual_norm_forward(x[i + 1], *after, middle[i], branch, bias, *following)
+        return keys
+
+    def _head(self, batch: Batch, gradients: "Gradients | None") -> float:
+        """The loss sum; with ``gradients`` also the gradient of the last norm's output, into the buffer branch."""
+        buffers = self._buffers
+        weight = self._head_weight(self.parameters.tensors)
+        normed, targets = buffers["norm1"][self.config.n_layer], batch.targets.reshape(-1)
+        loss, step = 0.0, len(buffers["logits"])
+        for first in range(0, len(targets), step):
+            rows = slice(first, min(first + step, len(targets)))
+            logits = buffers["logits"][: rows.stop - rows.start]
+            np.matmul(normed[rows], weight.T, out=logits)
+            loss += self.kernels.cross_entropy(logits, targets[rows], gradients is not None)
+            if gradients is not None:
+                np.matmul(logits, weight, out=buffers["branch"][rows])
+                gradients.add_product(self._head_name, logits.T, normed[rows], buffers["product"], first == 0)
+        return loss
+
+    def _backward(self, batch: Batch, gradients: "Gradients", keys: "Keys") -> None:
+        buffers, kernels, tensors, grads = self._buffers, self.kernels, self.parameters.tensors, gradients.tensors
+        layers, shape = self.config.n_layer, self._shape(batch)
+        x, middle, norm1, norm2 = buffers["x"], buffers["middle"], buffers["norm1"], buffers["norm2"]
+        mean, rstd, product = buffers["mean"], buffers["rstd"], buffers["product"]
+        dx, branch, wide = buffers["dx"], buffers["branch"], buffers["wide"]
+        dqkv = buffers["dqkv"]
+        fused = not keys.threshold  # then the norm's backward sums the bias gradient of the branch below
+
+        def norm_backward(name: str, place: int, below: str | None, source: NDArray, fresh: bool) -> None:
+            dbranch = grads[f"{below}.bias"] if below and fused else None
+            dweight, dbias = grads[f"{name}.weight"], grads[f"{name}.bias"]
+            kept = (mean[place], rstd[place], tensors[f"{name}.weight"])
+            kernels.norm_backward(dx, dweight, dbias, dbranch, branch, source, *kept, fresh)
+
+        norm_backward("ln_f", 2 * layers, f"h.{layers - 1}.mlp.c_proj", x[layers], True)
+        for i in reversed(range(layers)):
+            p, block = self._blocks[i], f"h.{i}."
+            site = 1 + 3 * i
+            dy = keys.drop_gradient(kernels, dx, buffers["dropped"], grads[block + "mlp.c_proj.bias"], site + 2)
+            gradients.add_product(block + "mlp.c_proj.weight", buffers["active"][i].T, dy, product)
+            np.matmul(dy, p["mlp.c_proj.weight"].T, out=wide)
+            kernels.gelu_backward(wide, grads[block + "mlp.c_fc.bias"], buffers["hidden"][i])
+            gradients.add_product(block + "mlp.c_fc.weight", norm2[i].T, wide, product)
+            np.matmul(wide, p["mlp.c_fc.weight"].T, out=branch)
+            norm_backward(block + "ln_2", 2 * i + 1, block + "attn.c_proj", middle[i], False)
+            dy = keys.drop_gradient(kernels, dx, buffers["dropped"], grads[block + "attn.c_proj.bias"], site + 1)
+            gradients.add_product(block + "attn.c_proj.weight", buffers["heads"][i].T, dy, product)
+            np.matmul(dy, p["attn.c_proj.weight"].T, out=branch)
+            kernels.attention_backward(
+                dqkv,
+                grads[block + "attn.c_attn.bias"],
+                branch,
+                buffers["p"][i],
+                buffers["qkv"][i],
+                p["attn.c_attn.bias"],
+                shape,
+                keys.at(site),
+                keys.threshold,
+            )
+            gradients.add_product(block + "attn.c_attn.weight", norm1[i].T, dqkv, product)
+            np.matmul(dqkv, p["attn.c_attn.weight"].T, out=branch)
+            norm_backward(block + "ln_1", 2 * i, f"h.{i - 1}.mlp.c_proj" if i else None, x[i], False)
+        keys.drop(kernels, dx, EMBEDDING_SITE)
+        kernels.embed_backward(grads["wte.weight"], grads["wpe.weight"], dx, batch.inputs)
+
+    # Small things.
+
+    @property
+    def _head_name(self) -> str:
+        return "wte.weight" if self.config.tie_embeddings else "lm_head.weight"
+
+    def _head_weight(self, tensors: Mapping[str, NDArray]) -> NDArray:
+        return tensors[self._head_name]
+
+    def _shape(self, batch: Batch) -> tuple[int, int, int, int]:
+        heads = self.config.n_head
+        return (*batch.inputs.shape, heads, self.config.n_embd // heads)
+
+    def _reserve(self, sequences: int, length: int) -> dict[str, NDArray]:
+        """The buffers for a micro-batch of this size: views into memory that is allocated once."""
+        if sequences > self._size:
+            self._allocate(sequences)
+        rows = sequences * length
+        if self._shape_in_use == (sequences, length):
+            return self._buffers
+        views: dict[str, NDArray] = {}
+        for name, whole in self._whole.items():
+            if name == "p":
+                size = padded(length)
+                count = sequences * self.config.n_head * size * size
+                views[name] = whole.reshape(len(whole), -1)[:, :count].reshape(
+                    len(whole), sequences, self.config.n_head, size, size
+                )
+            elif name in ("product", "logits"):
+                views[name] = whole
+            elif name in ("branch", "wide", "dx", "dropped"):
+                views[name] = whole[:rows]
+            else:
+                views[name] = whole[:, :rows]
+        views["dqkv"] = views["wide"].reshape(-1)[: rows * 3 * self.config.n_embd].reshape(rows, -1)
+        self._buffers, self._shape_in_use = views, (sequences, length)
+        return views
+
+    def _allocate(self, sequences: int) -> None:
+        shapes = workspace_shapes(self.config, sequences)
+        self._whole = {}
+        for name, shape in shapes.items():
+            flat = aligned_empty(int(np.prod(shape)), self.parameters.dtype)
+            flat[:] = 0  # pages are touched here, not in the first step; padding stays zero
+            self._whole[name] = flat.reshape(shape)
+        rows = self._whole["branch"].shape
+        self._whole["dropped"] = np.zeros(rows if self.threshold else (0, rows[1]), self.parameters.dtype)
+        self._size = sequences
+        self._shape_in_use = (0, 0)
+
+
+class Gradients:
+    """The gradient tensors of a batch, and whether they are still zero."""
+
+    def __init__(self, tensors: Mapping[str, NDArray], fresh: bool) -> None:
+        self.tensors = tensors
+        self.fresh = fresh
+
+    def add_product(self, name: str, a: NDArray, b: NDArray, scratch: NDArray, first: bool = True) -> None:
+        """Add a @ b to the tensor called ``name``; ``scratch`` holds the product where it cannot be written at once."""
+        target = self.tensors[name]
+        if self.fresh and first:
+            np.matmul(a, b, out=target)
+            return
+        product = scratch[: target.size].reshape(target.shape)
+        np.matmul(a, b, out=product)
+        target += product
+
+
+class Keys:
+    """The dropout keys of a batch's sequences; with a threshold of 0 nothing is dropped."""
+
+    def __init__(self, batch: Batch, threshold: int) -> None:
+        self.batch = batch
+        self.threshold = threshold
+
+    def at(self, site: int) -> NDArray[np.uint64]:
+        """(B,) keys at a site."""
+        if not self.threshold:
+            return NO_KEYS
+        return sequence_keys(self.batch.seed, self.batch.step, self.batch.sequence_ids, site)
+
+    def drop(self, kernels: Kernels, x: NDArray, site: int) -> None:
+        """Drop elements of x (N, C) in place."""
+        if self.threshold:
+            kernels.dropout(x, self.at(site), self.threshold)
+
+    def drop_branch(self, kernels: Kernels, branch: NDArray, bias: NDArray, site: int) -> NDArray:
+        """Drop elements of branch + bias in place; return the bias that is still to be added."""
+        if not self.threshold:
+            return bias
+        branch += bias
+        self.drop(kernels, branch, site)
+        return np.zeros_like(bias)
+
+    def drop_gradient(self, kernels: Kernels, dx: NDArray, scratch: NDArray, dbias: NDArray, site: int) -> NDArray:
+        """The gradient of the branch's product: dx itself, or a copy with the same elements dropped.
+
+        Adds the bias gradient where dropout kept the norm's backward from summing it.
+        """
+        if not self.threshold:
+            return dx
+        scratch[...] = dx
+        self.drop(kernels, scratch, site)
+        kernels.column_sums(dbias, scratch)
+        return scratch
+
+
+def _norm(tensors: Mapping[str, NDArray], name: str) -> tuple[NDArray, NDArray]:
+    return tensors[f"{name}.weight"], tensors[f"{name}.bias"]
+
+
+def _block(tensors: Mapping[str, NDArray], layer: int) -> dict[str, NDArray]:
+    prefix = f"h.{layer}."
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
