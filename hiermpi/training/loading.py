@@ -35,15 +35,7 @@ def load_model(checkpoint: Checkpoint, symmetry_group: NDArray[np.uint8] | None 
     if found != expected:
         names = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
         raise DamagedFile(f"the checkpoint's tensors do not fit its model settings: {', '.join(names[:4])}")
-    groups = symmetry_table(symmetry_group, config)
-    model = Transformer(config, groups)
+    model = Transformer(config, symmetry_group)
     model.load_token_order(checkpoint.parameters, model.parameters.vector)
     return model
 
-
-def symmetry_table(symmetry_group: NDArray[np.uint8] | None, config: ModelConfig) -> NDArray[np.uint8]:
-    """(V,) class of each row of a table that may be larger than the data's vocabulary."""
-    groups = (np.arange(config.vocab_size) % config.symmetry_order).astype(np.uint8)
-    if symmetry_group is not None:
-        groups[: len(symmetry_group)] = symmetry_group[: config.vocab_size]
-    return groups

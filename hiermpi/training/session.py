@@ -22,6 +22,7 @@ from hiermpi.data.rows import ID_COLUMNS
 from hiermpi.data.sampling import Sampler
 from hiermpi.errors import EXIT_DONE, EXIT_STOPPED
 from hiermpi.hierarchy.routing import Router
+from hiermpi.hierarchy.symmetry import symmetry_groups
 from hiermpi.model.transformer import Transformer
 from hiermpi.optimizer.optimizer import Optimizer, OptimizerSettings
 from hiermpi.training.batches import BatchSource, EvaluationSource
@@ -250,7 +251,9 @@ class Session:
 
     def _model(self) -> Transformer:
         """The model, with room for its parameters on every rank."""
-        groups = symmetry_table(self.opened.dataset.symmetry_group if self.opened else None, self.config.model)
+        shape = self.config.model
+        known = self.opened.dataset.symmetry_group if self.opened else None
+        groups = symmetry_groups(known, shape.vocab_size, shape.symmetry_order)
         self.reduction.broadcast(groups)
         error, model = None, None
         try:
@@ -290,8 +293,9 @@ class Session:
         if self.opened is None:
             return None
         limit = self.config.train.eval_batches * self.config.train.batch_size
-        rows: NDArray[np.integer] = self.model.symmetry.row_of_token
-        return EvaluationSource(self.opened.dataset, "val", self.config.model.context_length, rows, limit)
+        return EvaluationSource(
+            self.opened.dataset, "val", self.config.model.context_length, self.model.symmetry.row_of_token, limit
+        )
 
     def _recording(self) -> "tuple[Recorder | None, Saver | None]":
         """The root's recorder and saver, with the run folder brought back to the resumed step."""
