@@ -8,6 +8,8 @@ an edge being the cheapest move of a unit, and adjusts the prices so that the co
 (Ahuja, Magnanti, Orlin, Network Flows, 1993, sections 9.7 and 12.4). Integer arithmetic; no randomness.
 """
 
+from itertools import pairwise
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -44,7 +46,7 @@ def assign(affinity: Integers, capacity: Integers) -> NDArray[np.intp]:
 
 def _descend(gain: Integers, capacity: Integers) -> Integers:
     """(bins,) prices under which about ``capacity`` units prefer each bin."""
-    bins, room = gain.shape
+    bins = len(gain)
     prices = np.zeros(bins, np.int64)
     if bins == 1:
         return prices
@@ -125,7 +127,7 @@ class _Repair:
         """Move as many units along the path as are tied for its cost."""
         amount = min(self.load[path[0]] - self.capacity[path[0]], self.capacity[path[-1]] - self.load[path[-1]])
         moves = []
-        for source, target in zip(path[:-1], path[1:], strict=True):
+        for source, target in pairwise(path):
             units = np.flatnonzero(self.place == source)
             tied = units[self.gain[source, units] - self.gain[target, units] == self.cost[source, target]]
             moves.append((tied, target))

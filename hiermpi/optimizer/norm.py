@@ -39,7 +39,7 @@ def norm_blocks(layout: ParameterLayout, class_bounds: NDArray[np.int64] | None 
 
 
 def block_sums(vector: NDArray[np.float32], blocks: NDArray[np.int64], out: NDArray[np.float64]) -> None:
-    """out (n,) = sum of squares of each block, in float64."""
+    """Out (n,) = sum of squares of each block, in float64."""
     kernels = load_kernels()
     if isinstance(kernels, CompiledKernels):
         kernels.block_sums(out, vector, blocks)

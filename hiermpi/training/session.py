@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mpi4py import MPI
-from numpy.typing import NDArray
 
 from hiermpi.communication.communicators import Communicators
 from hiermpi.communication.leaving import ErrorSink, set_error_sink

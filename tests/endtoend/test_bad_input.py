@@ -113,11 +113,11 @@ def test_a_token_beyond_the_vocabulary(tmp_path):
     def fill(out):
         with open_container(data, "dataset") as good:
             for name in ("train/tokens", "val/tokens", "symmetry_group", "counts"):
-                values = good[name][:]
+                values = good.file[name][:]
                 if name == "train/tokens":
                     values[1234] = 256
-                out.create_dataset(name, data=values, chunks=good[name].chunks)
-            for name, value in good.attrs.items():
+                out.create_dataset(name, data=values, chunks=good.file[name].chunks)
+            for name, value in good.file.attrs.items():
                 out.attrs[name] = value
 
     bad = tmp_path / "bad.h5"

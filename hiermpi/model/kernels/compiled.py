@@ -13,7 +13,7 @@ from hiermpi.model.parameters import aligned_empty
 
 Array = NDArray[np.float32]
 
-_TYPES = {"p": ctypes.c_void_p, "l": ctypes.c_long, "u": ctypes.c_uint32, "f": ctypes.c_float}
+_TYPES: dict[str, Any] = {"p": ctypes.c_void_p, "l": ctypes.c_long, "u": ctypes.c_uint32, "f": ctypes.c_float}
 SIGNATURES = {  # p: address, l: long, u: uint32, f: float; as in body.h
     "embed_forward": "pppp lll",
     "embed_backward": "pppp lll",
@@ -153,7 +153,7 @@ class CompiledKernels:
         self._call["adamw"](*map(at, arrays), len(arrays[0]), *numbers)
 
     def block_sums(self, sums: NDArray[np.float64], vector: Array, bounds: NDArray[np.int64]) -> None:
-        """sums (n,) = sum of squares of vector[start:stop] for each row of bounds (n, 2)."""
+        """Sums (n,) = sum of squares of vector[start:stop] for each row of bounds (n, 2)."""
         self._call["block_sums"](at(sums), at(vector), at(bounds), len(sums))
 
     def _scratch_for(self, shape: Sequence[int]) -> Array:

@@ -30,7 +30,7 @@ class ReferenceKernels:
     name = "numpy"
 
     def embed_forward(self, x: Array, inputs: NDArray[np.int32], wte: Array, wpe: Array) -> None:
-        """x (N, C) = wte[inputs] + wpe[position]; inputs (B, T) rows of wte (V, C); wpe (>= T, C)."""
+        """X (N, C) = wte[inputs] + wpe[position]; inputs (B, T) rows of wte (V, C); wpe (>= T, C)."""
         batch, length = inputs.shape
         np.take(wte, inputs.reshape(-1), axis=0, out=x)
         x.reshape(batch, length, -1)[...] += wpe[:length]
@@ -62,7 +62,7 @@ class ReferenceKernels:
         weight: Array,
         bias: Array,
     ) -> None:
-        """total (N, C) = residual + branch + branch_bias; out = layer norm of total."""
+        """Total (N, C) = residual + branch + branch_bias; out = layer norm of total."""
         np.add(branch, branch_bias, out=total)
         total += residual
         self.norm_forward(out, mean, rstd, total, weight, bias)
@@ -101,11 +101,11 @@ class ReferenceKernels:
             dbranch += dx.sum(axis=0)
 
     def column_sums(self, dbias: Array, dy: Array) -> None:
-        """dbias (C,) += column sums of dy (N, C)."""
+        """Dbias (C,) += column sums of dy (N, C)."""
         dbias += dy.sum(axis=0)
 
     def gelu_forward(self, out: Array, h: Array, bias: Array) -> None:
-        """h (N, K) += bias; out (N, K) = GELU(h), the tanh form (Hendrycks, Gimpel 2016)."""
+        """H (N, K) += bias; out (N, K) = GELU(h), the tanh form (Hendrycks, Gimpel 2016)."""
         h += bias
         np.multiply(h, h, out=out)
         out *= GELU_CUBIC
@@ -118,7 +118,7 @@ class ReferenceKernels:
         out *= 0.5
 
     def gelu_backward(self, dh: Array, dbias: Array, h: Array) -> None:
-        """dh (N, K) *= GELU'(h), in place of the gradient of the output; dbias (K,) += its column sums."""
+        """Dh (N, K) *= GELU'(h), in place of the gradient of the output; dbias (K,) += its column sums."""
         square = h * h
         t = np.tanh(GELU_SCALE * (h + GELU_CUBIC * square * h))
         slope = 0.5 * (1.0 + t) + 0.5 * h * (1.0 - t * t) * GELU_SCALE * (1.0 + 3.0 * GELU_CUBIC * square)
@@ -175,7 +175,7 @@ class ReferenceKernels:
         keys: NDArray[np.uint64] = NO_KEYS,
         threshold: int = 0,
     ) -> None:
-        """dqkv (N, 3C) is written, dbias (3C,) added to; other arguments as in the forward pass."""
+        """Dqkv (N, 3C) is written, dbias (3C,) added to; other arguments as in the forward pass."""
         batch, length, heads, width = shape
         channels = heads * width
         q, k, v = self._heads(qkv + bias, shape)

@@ -1,0 +1,265 @@
+"""Checkpoints: everything that a run needs to go on, on any number of ranks.
+
+Tensors are stored by name in token order, so no rank count and no layout is in the file.
+"""
+
+import json
+import logging
+import re
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hiermpi.errors import DamagedFile, UserError
+from hiermpi.storage.container import (
+    IN_MEMORY_LIMIT,
+    Fill,
+    Reader,
+    build_image,
+    open_container,
+    verify,
+    write_image,
+    write_streamed,
+)
+from hiermpi.storage.files import TEMPORARY_SUFFIX, told
+
+import h5py  # isort: skip
+
+Tensors = dict[str, NDArray[np.float32]]
+
+KIND = "checkpoint"
+FILE_NAME = re.compile(r"step-(\d{8,})\.h5")
+CHUNK = 1 << 18
+
+logger = logging.getLogger("hiermpi")
+
+
+@dataclass
+class Checkpoint:
+    """The state of a run after ``step`` steps."""
+
+    step: int
+    cursor: int
+    """Sequences drawn by the sampler."""
+    seed: int
+    adam_count: int
+    """Updates applied: steps less the skipped ones."""
+    skipped_steps: int
+    config: dict[str, Any]
+    """``{"section.field": value}``."""
+    tokenizer: str
+    dataset_sha256: str
+    parameters: Tensors
+    m: Tensors
+    v: Tensors
+    loss: float
+    """Of the last step that was not skipped."""
+
+
+def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
+    """Write a checkpoint; whole or not at all. Raises UserError."""
+    if data_bytes(checkpoint) <= IN_MEMORY_LIMIT:
+        write_image(path, checkpoint_image(checkpoint))
+    else:
+        write_streamed(path, KIND, filler(checkpoint), data_bytes(checkpoint))
+
+
+def checkpoint_image(checkpoint: Checkpoint) -> memoryview:
+    """The checkpoint's file, built in memory. Raises UserError where a parameter is not finite."""
+    return build_image(KIND, filler(checkpoint))
+
+
+def filler(checkpoint: Checkpoint) -> Fill:
+    """What puts a checkpoint into an HDF5 file. Raises UserError where a parameter is not finite."""
+    for name, tensor in checkpoint.parameters.items():
+        if not np.isfinite(tensor).all():
+            raise UserError(f"step {checkpoint.step} is not saved: {name} holds a value that is not finite")
+
+    def fill(file: h5py.File) -> None:
+        groups = {"parameters": checkpoint.parameters, "optimizer/m": checkpoint.m, "optimizer/v": checkpoint.v}
+        for group, tensors in groups.items():
+            for name, tensor in tensors.items():
+                file.create_dataset(f"{group}/{name}", data=tensor)
+        for name in ("cursor", "seed", "adam_count", "skipped_steps", "loss", "tokenizer", "dataset_sha256"):
+            file.attrs[name] = getattr(checkpoint, name)
+        file.attrs["config"] = json.dumps(checkpoint.config)
+        file.attrs["step"] = checkpoint.step
+
+    return fill
+
+
+def data_bytes(checkpoint: Checkpoint) -> int:
+    """Bytes of the tensors."""
+    return sum(t.nbytes for group in (checkpoint.parameters, checkpoint.m, checkpoint.v) for t in group.values())
+
+
+def load_checkpoint(path: Path, with_moments: bool = True) -> Checkpoint:
+    """Read and check a checkpoint. Raises UserError, DamagedFile.
+
+    Args:
+        path: of the file.
+        with_moments: whether to read the optimizer's state.
+    """
+    with open_container(path, KIND) as reader:
+        parameters = _tensors(reader, "parameters")
+        m, v = (_tensors(reader, f"optimizer/{part}") if with_moments else {} for part in ("m", "v"))
+        for name, moments in (("m", m), ("v", v)):
+            if with_moments and {k: t.shape for k, t in moments.items()} != {
+                k: t.shape for k, t in parameters.items()
+            }:
+                raise reader.refuse(f"/optimizer/{name} does not match /parameters")
+        return Checkpoint(
+            step=reader.integer("step"),
+            cursor=reader.integer("cursor"),
+            seed=reader.integer("seed"),
+            adam_count=reader.integer("adam_count"),
+            skipped_steps=reader.integer("skipped_steps"),
+            config=_config(reader),
+            tokenizer=reader.text("tokenizer"),
+            dataset_sha256=reader.text("dataset_sha256"),
+            parameters=parameters,
+            m=m,
+            v=v,
+            loss=reader.number("loss"),
+        )
+
+
+def _tensors(reader: Reader, group: str) -> Tensors:
+    tensors = {name: reader.array(f"{group}/{name}", ("float32",)) for name in reader.names(group)}
+    for name, tensor in tensors.items():
+        if not np.isfinite(tensor).all():
+            raise reader.refuse(f"/{group}/{name} holds a value that is not finite")
+    return tensors
+
+
+def _config(reader: Reader) -> dict[str, Any]:
+    try:
+        config = json.loads(reader.text("config"))
+    except (ValueError, RecursionError):
+        config = None
+    if not isinstance(config, dict) or not all(isinstance(v, int | float | str | bool) for v in config.values()):
+        raise reader.refuse("the attribute config is not a JSON object of settings")
+    return config
+
+
+class CheckpointFolder:
+    """The checkpoints of a run.
+
+    Args:
+        path: RUN/checkpoints; need not exist.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def path_for(self, step: int) -> Path:
+        """The file of the checkpoint after ``step`` steps."""
+        return self.path / f"step-{step:08d}.h5"
+
+    def list(self) -> list[tuple[int, Path]]:
+        """(step, path) of every checkpoint, newest first."""
+        if not self.path.is_dir():
+            return []
+        with told(self.path, "read"):
+            found = [(FILE_NAME.fullmatch(path.name), path) for path in self.path.iterdir()]
+        return sorted(((int(match[1]), path) for match, path in found if match), reverse=True)
+
+    def newest_valid(self, with_moments: bool = True) -> tuple[Path, Checkpoint] | None:
+        """The newest checkpoint that is whole; damaged ones are named and passed over. None where there is none.
+
+        Raises UserError where there are checkpoints, and all are damaged.
+        """
+        entries = self.list()
+        for _, path in entries:
+            try:
+                return path, load_checkpoint(path, with_moments)
+            except DamagedFile as error:
+                logger.warning("%s; trying the checkpoint before it", error)
+        if entries:
+            raise UserError(f"every checkpoint in {self.path} is damaged: put back a copy, or name another --run")
+        return None
+
+    def set_aside_after(self, step: int) -> None:
+        """Rename checkpoints newer than ``step``, which a run that goes back to it must not find again."""
+        for newer, path in self.list():
+            if newer > step:
+                with told(path, "rename"):
+                    path.rename(path.with_name(path.name + ".superseded"))
+                logger.info("%s is set aside as %s.superseded", path, path.name)
+
+    def remove_leftovers(self) -> None:
+        """Delete what a killed writer left."""
+        if self.path.is_dir():
+            for path in self.path.glob(f"*{TEMPORARY_SUFFIX}"):
+                with told(path, "remove"):
+                    path.unlink(missing_ok=True)
+
+    def retain(self, keep_last: int, keep_every: int) -> None:
+        """Delete all but the newest ``keep_last`` checkpoints and those of multiples of ``keep_every``.
+
+        Nothing is deleted unless the newest one is found whole on disk.
+        """
+        entries = self.list()
+        surplus = [path for step, path in entries[keep_last:] if not (keep_every and step % keep_every == 0)]
+        if not surplus:
+            return
+        try:
+            verify(entries[0][1])
+        except DamagedFile as error:
+            logger.warning("%s; older checkpoints are kept", error)
+            return
+        for path in surplus:
+            with told(path, "remove"):
+                path.unlink(missing_ok=True)
+
+
+class CheckpointWriter:
+    """Saves checkpoints one at a time, in a thread if so wished.
+
+    Args:
+        folder: where to.
+        asynchronous: write in a thread; the checkpoint's arrays must then stay as they are.
+        keep_last, keep_every: see :meth:`CheckpointFolder.retain`.
+    """
+
+    def __init__(self, folder: CheckpointFolder, asynchronous: bool, keep_last: int, keep_every: int) -> None:
+        self.folder = folder
+        self.asynchronous = asynchronous
+        self.keep_last = keep_last
+        self.keep_every = keep_every
+        self._thread: threading.Thread | None = None
+        self._error: Exception | None = None
+
+    def save(self, checkpoint: Checkpoint) -> None:
+        """Save a checkpoint. Raises UserError where this save, or the asynchronous one before it, failed."""
+        self.finish()
+        with told(self.folder.path, "make"):
+            self.folder.path.mkdir(parents=True, exist_ok=True)
+        if not self.asynchronous:
+            self._write(checkpoint)
+            return
+        self._thread = threading.Thread(target=self._write_and_remember, args=(checkpoint,), name="checkpoint")
+        self._thread.start()
+
+    def finish(self) -> None:
+        """Wait for the save under way. Raises UserError where it failed."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+    def _write_and_remember(self, checkpoint: Checkpoint) -> None:
+        try:
+            self._write(checkpoint)
+        except Exception as error:  # noqa: BLE001  (raised by finish)
+            self._error = error
+
+    def _write(self, checkpoint: Checkpoint) -> None:
+        save_checkpoint(self.folder.path_for(checkpoint.step), checkpoint)
+        self.folder.retain(self.keep_last, self.keep_every)

@@ -1,0 +1,278 @@
+"""The container of datasets and checkpoints: HDF5 behind a 512-byte user block that vouches for it.
+
+The user block holds a magic, the format version, the kind of content, and the length and SHA-256 of everything
+behind it, then zeros. It is checked before HDF5 sees the file, so any flipped byte is noticed; and because a digest
+only proves that a file is what its writer made, readers go by an allow-list: what they do not expect they refuse.
+"""
+
+import contextlib
+import hashlib
+import io
+import os
+import struct
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hiermpi.errors import DamagedFile, UserError
+from hiermpi.storage.files import told, write_bytes, write_whole
+
+import h5py  # isort: skip  (after hiermpi.storage has closed the plugin path)
+
+MAGIC = b"hiermpi\0"
+VERSION = 1
+USER_BLOCK = 512
+HEADER = struct.Struct("<8sI16sQ32s")
+IN_MEMORY_LIMIT = 1 << 30
+"""Containers up to this size are built and read in memory."""
+BLOCK = 1 << 24
+LIBVER = ("v110", "v110")
+LARGEST_ATTRIBUTE = 64 << 20
+
+Fill = Callable[[h5py.File], None]
+
+
+class Header(NamedTuple):
+    """What a user block says."""
+
+    version: int
+    kind: str
+    length: int
+    sha256: bytes
+
+
+def make_header(kind: str, length: int, sha256: bytes) -> bytes:
+    """The 512 bytes of a user block."""
+    return HEADER.pack(MAGIC, VERSION, kind.encode(), length, sha256).ljust(USER_BLOCK, b"\0")
+
+
+def build_image(kind: str, fill: Fill) -> memoryview:
+    """A container built in memory: no file system error can reach HDF5."""
+    with h5py.File(
+        "image", "w", driver="core", backing_store=False, libver=LIBVER, userblock_size=USER_BLOCK
+    ) as file:
+        fill(file)
+        file.flush()
+        body = file.id.get_file_image()
+    return memoryview(make_header(kind, len(body), hashlib.sha256(body).digest()) + body)
+
+
+def write_image(path: Path, image: memoryview | bytes) -> None:
+    """Write a built container; whole or not at all. Raises UserError."""
+    write_whole(path, lambda descriptor: write_bytes(descriptor, image))
+
+
+def write_streamed(path: Path, kind: str, fill: Fill, size_hint: int) -> None:
+    """Write a container of any size in bounded memory; whole or not at all. Raises UserError.
+
+    The space is allocated first: a full disk is an error then, not a crash inside HDF5 later.
+
+    Args:
+        path: of the container.
+        kind: of content.
+        fill: makes the content.
+        size_hint: bytes of its data.
+    """
+
+    def write(descriptor: int) -> None:
+        os.posix_fallocate(descriptor, 0, USER_BLOCK + size_hint + size_hint // 64 + (1 << 20))
+        with open(descriptor, "r+b", buffering=0, closefd=False) as raw:
+            with h5py.File(raw, "w", libver=LIBVER, userblock_size=USER_BLOCK) as file:
+                fill(file)
+            length = os.fstat(descriptor).st_size - USER_BLOCK
+            digest = _digest_of(raw, length)
+            raw.seek(0)
+            write_bytes(descriptor, make_header(kind, length, digest))
+
+    write_whole(path, write)
+
+
+@contextlib.contextmanager
+def open_container(path: Path, kind: str) -> "Iterator[Reader]":
+    """A reader of the container at ``path``, of which every byte is as written. Raises UserError, DamagedFile."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(told(path, "read"))
+        raw = stack.enter_context(open_file(path))
+        header = read_header(raw, path)
+        if header.kind != kind:
+            raise DamagedFile(f"{path} is a {header.kind}, not a {kind}: name a {kind}")
+        yield Reader(stack.enter_context(_open_checked(raw, header, path)), path, header.sha256.hex())
+
+
+def open_file(path: Path) -> io.FileIO:
+    """A regular file, opened for reading."""
+    if path.is_dir():
+        raise UserError(f"{path} is a folder: name a file")
+    return open(path, "rb", buffering=0)
+
+
+def read_header(raw: io.FileIO, path: Path) -> Header:
+    """The user block of an open file, checked against its length. Raises DamagedFile."""
+    block = raw.read(USER_BLOCK) or b""
+    if not block.startswith(MAGIC):
+        raise DamagedFile(f"{path} is not a file of hiermpi: make datasets with hiermpi prepare")
+    if len(block) < USER_BLOCK:
+        raise DamagedFile(f"{path} is truncated: make it again or take another copy")
+    _, version, kind, length, sha256 = HEADER.unpack_from(block)
+    if version > VERSION:
+        raise DamagedFile(f"{path} has format version {version}, this hiermpi reads up to {VERSION}: update hiermpi")
+    known = kind.rstrip(b"\0")
+    if block != make_header(known.decode("latin-1"), length, sha256) or known not in (b"dataset", b"checkpoint"):
+        raise DamagedFile(f"{path} is damaged in its first {USER_BLOCK} bytes: make it again or take another copy")
+    actual = os.fstat(raw.fileno()).st_size - USER_BLOCK
+    if actual != length:
+        fault = "truncated" if actual < length else "longer than it says"
+        raise DamagedFile(
+            f"{path} is {fault} ({actual + USER_BLOCK:,} bytes, expected {length + USER_BLOCK:,}): "
+            "make it again or take another copy"
+        )
+    return Header(version, known.decode(), length, sha256)
+
+
+def verify(path: Path) -> Header:
+    """The header of a container of which every byte is as written. Raises UserError, DamagedFile."""
+    with told(path, "read"), open_file(path) as raw:
+        header = read_header(raw, path)
+        _require_digest(_digest_of(raw, header.length), header, path)
+    return header
+
+
+def _open_checked(raw: io.FileIO, header: Header, path: Path) -> h5py.File:
+    if header.length <= IN_MEMORY_LIMIT:
+        # One read: what is checked is what is opened.
+        image = bytearray(USER_BLOCK + header.length)
+        raw.seek(0)
+        view, filled = memoryview(image), 0
+        while filled < len(image) and (count := raw.readinto(view[filled:])):
+            filled += count
+        _require_digest(hashlib.sha256(view[USER_BLOCK:]).digest(), header, path)
+        source: io.IOBase = io.BytesIO(image)
+    else:
+        _require_digest(_digest_of(raw, header.length), header, path)
+        source = raw
+    try:
+        return h5py.File(source, "r")
+    except Exception:  # noqa: BLE001  (whatever HDF5 thinks of it)
+        raise DamagedFile(f"{path} is not valid HDF5 behind its user block: make it again") from None
+
+
+def _digest_of(raw: io.FileIO, length: int) -> bytes:
+    digest = hashlib.sha256()
+    raw.seek(USER_BLOCK)
+    block = memoryview(bytearray(BLOCK))
+    while length > 0:
+        count = raw.readinto(block[: min(BLOCK, length)]) or 0
+        if not count:
+            break
+        digest.update(block[:count])
+        length -= count
+    return digest.digest()
+
+
+def _require_digest(found: bytes, header: Header, path: Path) -> None:
+    if found != header.sha256:
+        raise DamagedFile(f"{path} is damaged: its content does not match its SHA-256: make it again or take a copy")
+
+
+class Reader:
+    """Reads what is expected from an open container, and refuses the rest. Raises DamagedFile.
+
+    Args:
+        file: open.
+        path: of the file, for messages.
+        sha256: hex digest of the content, its identity.
+    """
+
+    def __init__(self, file: h5py.File, path: Path, sha256: str) -> None:
+        self.file = file
+        self.path = path
+        self.sha256 = sha256
+        self._limit = file.id.get_filesize()
+
+    def refuse(self, what: str) -> DamagedFile:
+        """The error that says ``what`` is wrong with the content."""
+        return DamagedFile(f"{self.path}: {what}: make it again")
+
+    def names(self, group: str) -> list[str]:
+        """Names in ``group``, all of them hard links."""
+        node = self._node(group)
+        if not isinstance(node, h5py.Group):
+            raise self.refuse(f"/{group} is not a group")
+        names = list(node)
+        for name in names:
+            self._require_hard_link(node, name, f"{group}/{name}")
+        return names
+
+    def dataset(self, name: str, dtypes: tuple[str, ...], ndim: int | None = None) -> h5py.Dataset:
+        """The dataset ``name``: plain numbers of one of ``dtypes``, stored in this very file, unfiltered."""
+        node = self._node(name)
+        if not isinstance(node, h5py.Dataset):
+            raise self.refuse(f"/{name} is not a dataset")
+        plan = node.id.get_create_plist()
+        layouts = (h5py.h5d.CONTIGUOUS, h5py.h5d.CHUNKED, h5py.h5d.COMPACT)
+        if plan.get_layout() not in layouts or plan.get_external_count() or plan.get_nfilters():
+            raise self.refuse(f"/{name} is stored in a way that hiermpi does not write")
+        if node.id.get_type().get_class() not in (h5py.h5t.INTEGER, h5py.h5t.FLOAT) or node.dtype.name not in dtypes:
+            raise self.refuse(f"/{name} holds {node.dtype}, expected {' or '.join(dtypes)}")
+        if node.shape is None or (ndim is not None and node.ndim != ndim) or node.nbytes > self._limit:
+            raise self.refuse(f"/{name} has the shape {node.shape}, which does not fit the file")
+        return node
+
+    def array(self, name: str, dtypes: tuple[str, ...], ndim: int | None = None) -> NDArray[Any]:
+        """The dataset ``name``, read."""
+        node = self.dataset(name, dtypes, ndim)
+        values = np.empty(node.shape, node.dtype)
+        if values.size:
+            node.read_direct(values)
+        return values
+
+    def text(self, name: str) -> str:
+        """A text attribute of the root."""
+        value = self._attribute(name)
+        if not isinstance(value, str):
+            raise self.refuse(f"the attribute {name} is not a text")
+        return value
+
+    def integer(self, name: str) -> int:
+        """An integer attribute of the root, at least 0."""
+        value = self._attribute(name)
+        if not isinstance(value, np.integer | int) or value < 0:
+            raise self.refuse(f"the attribute {name} is not a count")
+        return int(value)
+
+    def number(self, name: str) -> float:
+        """A numeric attribute of the root."""
+        value = self._attribute(name)
+        if not isinstance(value, np.floating | np.integer | float | int):
+            raise self.refuse(f"the attribute {name} is not a number")
+        return float(value)
+
+    def _attribute(self, name: str) -> Any:
+        if name not in self.file.attrs:
+            raise self.refuse(f"the attribute {name} is missing")
+        entry = self.file.attrs.get_id(name)
+        kinds = (h5py.h5t.STRING, h5py.h5t.INTEGER, h5py.h5t.FLOAT)
+        if entry.shape != () or entry.get_type().get_class() not in kinds:
+            raise self.refuse(f"the attribute {name} has an unexpected type")
+        if entry.get_storage_size() > LARGEST_ATTRIBUTE:
+            raise self.refuse(f"the attribute {name} is too large")
+        try:
+            return self.file.attrs[name]
+        except (OSError, UnicodeDecodeError, ValueError):
+            raise self.refuse(f"the attribute {name} cannot be read") from None
+
+    def _node(self, name: str) -> h5py.Group | h5py.Dataset:
+        node: Any = self.file
+        for part in filter(None, name.split("/")):
+            if not isinstance(node, h5py.Group) or part not in node:
+                raise self.refuse(f"/{name} is missing")
+            self._require_hard_link(node, part, name)
+            node = node[part]
+        return node
+
+    def _require_hard_link(self, group: h5py.Group, name: str, shown: str) -> None:
+        if not isinstance(group.get(name, getlink=True), h5py.HardLink):
+            raise self.refuse(f"/{shown} is a link to elsewhere")

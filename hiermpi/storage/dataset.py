@@ -1,0 +1,150 @@
+"""Datasets: token ids of a corpus, with the symmetry class and the frequency of each id."""
+
+import json
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hiermpi.data.tokenizers import tokenizer_from_json
+from hiermpi.errors import DamagedFile
+from hiermpi.storage.container import Reader, open_container, write_streamed
+
+import h5py  # isort: skip
+
+SPLITS = ("train", "val")
+IN_MEMORY_LIMIT = 1 << 30
+"""Splits up to this many bytes are kept in memory; larger ones are read slice by slice."""
+BLOCK = 1 << 22
+CHUNK = 1 << 19
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """The smallest stored type that holds every token id."""
+    return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
+
+
+@dataclass(frozen=True)
+class DatasetContent:
+    """What goes into a dataset besides the tokens."""
+
+    vocab_size: int
+    symmetry_order: int
+    symmetry_group: NDArray[np.uint8]
+    counts: NDArray[np.int64]
+    tokenizer: str
+    sources: Sequence[str]
+    split_bytes: dict[str, int]
+    """Bytes of text behind each split."""
+
+
+def write_dataset(path: Path, content: DatasetContent, spools: dict[str, Path]) -> None:
+    """Write a dataset whose tokens lie as raw :func:`token_dtype` in one file per split. Raises UserError."""
+    dtype = token_dtype(content.vocab_size)
+
+    def fill(file: h5py.File) -> None:
+        for split in SPLITS:
+            tokens = np.memmap(spools[split], dtype, "r")
+            chunk = max(1, min(CHUNK, len(tokens)))
+            target = file.create_dataset(f"{split}/tokens", tokens.shape, dtype, chunks=(chunk,))
+            for start in range(0, len(tokens), BLOCK):
+                target[start : start + BLOCK] = tokens[start : start + BLOCK]
+        file.create_dataset("symmetry_group", data=content.symmetry_group.astype(np.uint8))
+        file.create_dataset("counts", data=content.counts.astype(np.int64))
+        file.attrs["vocab_size"] = content.vocab_size
+        file.attrs["symmetry_order"] = content.symmetry_order
+        file.attrs["tokenizer"] = content.tokenizer
+        file.attrs["sources"] = json.dumps(list(content.sources))
+        file.attrs["bytes"] = sum(content.split_bytes.values())
+        for split in SPLITS:
+            file.attrs[f"{split}_bytes"] = content.split_bytes[split]
+
+    size = sum(spools[split].stat().st_size for split in SPLITS) + 9 * content.vocab_size + len(content.tokenizer)
+    write_streamed(path, "dataset", fill, size + 2 * CHUNK * dtype.itemsize)
+
+
+class TokenDataset:
+    """A dataset, checked and open for reading.
+
+    Attributes:
+        path: of the file.
+        sha256: hex digest of its content, its identity.
+        vocab_size, symmetry_order, tokenizer (JSON), sources, bytes, train_bytes, val_bytes: its attributes.
+        symmetry_group: (V,) class of each token id.
+        counts: (V,) corpus frequency of each token id.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._stack = ExitStack()
+        try:
+            reader = self._stack.enter_context(open_container(path, "dataset"))
+            self.sha256 = reader.sha256
+            self.vocab_size = reader.integer("vocab_size")
+            self.symmetry_order = reader.integer("symmetry_order")
+            self.tokenizer = reader.text("tokenizer")
+            self.sources = reader.text("sources")
+            self.bytes = reader.integer("bytes")
+            self.train_bytes = reader.integer("train_bytes")
+            self.val_bytes = reader.integer("val_bytes")
+            self.symmetry_group = reader.array("symmetry_group", ("uint8",), 1)
+            self.counts = reader.array("counts", ("int64",), 1)
+            self._tokens: dict[str, NDArray | h5py.Dataset] = {
+                split: reader.dataset(f"{split}/tokens", ("uint16", "uint32"), 1) for split in SPLITS
+            }
+            self._check(reader)
+            self._keep_small_splits()
+        except BaseException:
+            self._stack.close()
+            raise
+
+    def length(self, split: str) -> int:
+        """Tokens in ``split``."""
+        return len(self._tokens[split])
+
+    def read(self, split: str, starts: NDArray[np.int64], length: int) -> NDArray[np.int32]:
+        """(len(starts), length) token ids of ``split`` from each of ``starts`` on."""
+        tokens = self._tokens[split]
+        if isinstance(tokens, np.ndarray):
+            return tokens[starts[:, None] + np.arange(length)].astype(np.int32)
+        rows = [tokens[start : start + length] for start in starts]
+        return np.array(rows, np.int32).reshape(len(starts), length)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._stack.close()
+
+    def _check(self, reader: Reader) -> None:
+        size = self.vocab_size
+        if not 1 <= size < 1 << 31 or self.symmetry_order < 1:
+            raise reader.refuse(f"vocab_size = {size} and symmetry_order = {self.symmetry_order} are not usable")
+        if len(self.symmetry_group) != size or len(self.counts) != size:
+            raise reader.refuse(f"/symmetry_group and /counts must have vocab_size = {size} entries")
+        if (self.symmetry_group >= self.symmetry_order).any() or (self.counts < 0).any():
+            raise reader.refuse("/symmetry_group or /counts has an entry out of range")
+        if tokenizer_from_json(self.tokenizer).vocab_size != size:
+            raise reader.refuse(f"the tokenizer does not have vocab_size = {size} tokens")
+        for split, tokens in self._tokens.items():
+            for start in range(0, len(tokens), BLOCK):
+                block = tokens[start : start + BLOCK]
+                if len(block) and block.max() >= size:
+                    offset = int((block >= size).argmax())
+                    raise DamagedFile(
+                        f"{self.path}: token {start + offset} of {split} is {block[offset]}, "
+                        f"but vocab_size is {size}: make it again"
+                    )
+
+    def _keep_small_splits(self) -> None:
+        for split, tokens in self._tokens.items():
+            if tokens.nbytes <= IN_MEMORY_LIMIT:
+                self._tokens[split] = tokens[:]
+        if all(isinstance(tokens, np.ndarray) for tokens in self._tokens.values()):
+            self._stack.close()
+
+
+def open_dataset(path: Path) -> TokenDataset:
+    """The dataset at ``path``. Raises UserError, DamagedFile."""
+    return TokenDataset(Path(path))

@@ -1,0 +1,125 @@
+"""The folder of a run: config.toml, metrics.jsonl, ranks.jsonl, checkpoints/, errors/, STOP, DONE."""
+
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from hiermpi.errors import UserError
+from hiermpi.storage.checkpoint import CheckpointFolder
+from hiermpi.storage.files import told, write_bytes, write_whole
+
+
+class RunFolder:
+    """A run folder; constructing it touches nothing.
+
+    Args:
+        path: of the folder.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        self.checkpoints = CheckpointFolder(self.path / "checkpoints")
+        self.metrics = self.path / "metrics.jsonl"
+        self.done = self.path / "DONE"
+        self.stop = self.path / "STOP"
+
+    def prepare(self) -> None:
+        """Make the folder, and make sure that it can be written. Raises UserError."""
+        if self.path.exists() and not self.path.is_dir():
+            raise UserError(f"{self.path} is a file: name a folder with --run")
+        with told(self.path, "make the run folder"):
+            self.path.mkdir(parents=True, exist_ok=True)
+            probe = self.path / ".probe"
+            probe.touch()
+            probe.unlink(missing_ok=True)
+        self.checkpoints.remove_leftovers()
+
+    def write_config(self, text: str) -> None:
+        """Write config.toml."""
+        self._write(self.path / "config.toml", text)
+
+    def append_metrics(self, row: Mapping[str, Any]) -> None:
+        """Add a row to metrics.jsonl; numbers that are not finite become null."""
+        with told(self.metrics, "write"), open(self.metrics, "a", encoding="utf-8") as file:
+            file.write(json.dumps(finite(row), allow_nan=False) + "\n")
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """The rows of metrics.jsonl; a torn last line is left out."""
+        return list(_rows(self.metrics))
+
+    def truncate_metrics(self, step: int) -> None:
+        """Drop the rows after ``step``, and a torn last line; whole or not at all."""
+        if self.metrics.exists():
+            kept = [row for row in _rows(self.metrics) if row["step"] <= step]
+            self._write(self.metrics, lines(kept))
+
+    def write_ranks(self, records: Iterable[Mapping[str, Any]]) -> None:
+        """Write ranks.jsonl."""
+        self._write(self.path / "ranks.jsonl", lines(records))
+
+    def read_ranks(self) -> list[dict[str, Any]]:
+        """The records of ranks.jsonl."""
+        return list(_rows(self.path / "ranks.jsonl"))
+
+    def write_error(self, rank: int, text: str) -> Path:
+        """Write the traceback of a rank into errors/; return its path."""
+        path = self.path / "errors" / f"rank-{rank:04d}.txt"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    def mark_done(self, text: str) -> None:
+        """Write DONE: the run is complete."""
+        self._write(self.done, text)
+
+    def is_done(self) -> bool:
+        """Whether DONE is there."""
+        return self.done.exists()
+
+    def clear_done(self) -> None:
+        """Remove DONE: the run goes on."""
+        with told(self.done, "remove"):
+            self.done.unlink(missing_ok=True)
+
+    def stop_requested(self) -> bool:
+        """Whether somebody made the file STOP."""
+        return self.stop.exists()
+
+    def clear_stop(self) -> None:
+        """Remove STOP."""
+        with told(self.stop, "remove"):
+            self.stop.unlink(missing_ok=True)
+
+    def _write(self, path: Path, text: str) -> None:
+        write_whole(path, lambda descriptor: write_bytes(descriptor, text.encode()))
+
+
+def finite(value: Any) -> Any:
+    """``value`` with every number that is not finite replaced by None."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: finite(entry) for key, entry in value.items()}
+    return value
+
+
+def lines(rows: Iterable[Mapping[str, Any]]) -> str:
+    """One JSON object a line."""
+    return "".join(json.dumps(finite(row), allow_nan=False) + os.linesep for row in rows)
+
+
+def _rows(path: Path) -> Iterable[dict[str, Any]]:
+    if not path.exists():
+        return
+    with told(path, "read"), open(path, encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                row = json.loads(line)
+            except ValueError:
+                if line.endswith("\n"):
+                    raise UserError(f"{path}: line {number} is not JSON: remove it") from None
+                return
+            yield row
