@@ -80,14 +80,48 @@ def write_streamed(path: Path, kind: str, fill: Fill, size_hint: int) -> None:
     def write(descriptor: int) -> None:
         os.posix_fallocate(descriptor, 0, USER_BLOCK + size_hint + size_hint // 64 + (1 << 20))
         with open(descriptor, "r+b", buffering=0, closefd=False) as raw:
-            with h5py.File(raw, "w", libver=LIBVER, userblock_size=USER_BLOCK) as file:
+            allocated = AllocatedFile(raw)
+            with h5py.File(allocated, "w", libver=LIBVER, userblock_size=USER_BLOCK) as file:
                 fill(file)
-            length = os.fstat(descriptor).st_size - USER_BLOCK
+            os.ftruncate(descriptor, allocated.length)
+            length = allocated.length - USER_BLOCK
             digest = _digest_of(raw, length)
             raw.seek(0)
             write_bytes(descriptor, make_header(kind, length, digest))
 
     write_whole(path, write)
+
+
+class AllocatedFile:
+    """A file whose space is allocated beforehand, to HDF5 as long as what was written to it."""
+
+    def __init__(self, raw: io.FileIO) -> None:
+        self.raw = raw
+        self.length = 0
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        return self.raw.seek(self.length + offset) if whence == os.SEEK_END else self.raw.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self.raw.tell()
+
+    def read(self, size: int) -> bytes:
+        return self.raw.read(size) or b""
+
+    def readinto(self, buffer: memoryview) -> int:
+        return self.raw.readinto(buffer) or 0
+
+    def write(self, data: memoryview) -> int:
+        write_bytes(self.raw.fileno(), data)
+        self.length = max(self.length, self.raw.tell())
+        return len(data)
+
+    def truncate(self, size: int) -> int:
+        self.length = size
+        return size
+
+    def flush(self) -> None:
+        pass
 
 
 @contextlib.contextmanager
