@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from hiermpi.communication.communicators import Communicators
 
-CHUNK_BYTES = 1 << 20
+CHUNK_BYTES = 1 << 17
 """Messages are cut to this size: unsegmented algorithms of MPI libraries pipeline poorly, and counts stay small."""
 CHUNKS_IN_FLIGHT = 8
 

@@ -1,7 +1,8 @@
 """The one place where a rank waits for another.
 
 Polls, then backs off to sleeps of at most a millisecond: a waiting rank does not steal the core of one that
-computes, and Python's signal handlers, stall timers and the like run between two polls.
+computes, and Python's signal handlers, stall timers and the like run between two polls. MPI moves data only while
+somebody polls, so whenever a request completes the next ones are polled for without sleep again.
 """
 
 import logging
@@ -13,7 +14,10 @@ from mpi4py import MPI
 
 FIRST_SLEEP = 20e-6
 LONGEST_SLEEP = 1e-3
-SPIN_SECONDS = 200e-6
+SPIN_SECONDS = 2e-3
+"""How long a rank with a core of its own polls before it sleeps."""
+OVERSUBSCRIBED_SPIN_SECONDS = 200e-6
+"""The same where ranks share cores; each poll then gives the core away."""
 
 logger = logging.getLogger("hiermpi")
 
@@ -26,13 +30,13 @@ class Waiter:
     """Waits for requests, and accounts for it.
 
     Args:
-        oversubscribed: more ranks than cores share this node: then never spin.
+        oversubscribed: more ranks than cores share this node.
         stall_warn: seconds after which a wait is logged, once (0: never).
         stall_abort: seconds after which a wait raises :class:`StallError` (0: never).
     """
 
     def __init__(self, oversubscribed: bool = True, stall_warn: float = 0.0, stall_abort: float = 0.0) -> None:
-        self.spin_seconds = 0.0 if oversubscribed else SPIN_SECONDS
+        self.spin_seconds = OVERSUBSCRIBED_SPIN_SECONDS if oversubscribed else SPIN_SECONDS
         self.stall_warn = stall_warn
         self.stall_abort = stall_abort
         self.seconds = 0.0
@@ -49,18 +53,23 @@ class Waiter:
         pending = list(requests)
         if MPI.Request.Testall(pending):
             return
-        start = time.perf_counter()
+        start = last = time.perf_counter()
         pause = FIRST_SLEEP
         warned = False
-        while not MPI.Request.Testall(pending):
-            waited = time.perf_counter() - start
-            if waited < self.spin_seconds:
+        while True:
+            completed = MPI.Request.Testsome(pending)
+            if completed is None:
+                break
+            now = time.perf_counter()
+            if completed:
+                last, pause = now, FIRST_SLEEP
+            if now - last < self.spin_seconds:
                 os.sched_yield()
                 continue
             time.sleep(pause)
             pause = min(2 * pause, LONGEST_SLEEP)
-            if waited > 1.0:
-                warned = self._watch(waited, warned)
+            if now - start > 1.0:
+                warned = self._watch(now - start, warned)
         self.seconds += time.perf_counter() - start
 
     def _watch(self, waited: float, warned: bool) -> bool:
