@@ -83,6 +83,7 @@ def write_streamed(path: Path, kind: str, fill: Fill, size_hint: int) -> None:
             allocated = AllocatedFile(raw)
             with h5py.File(allocated, "w", libver=LIBVER, userblock_size=USER_BLOCK) as file:
                 fill(file)
+            allocated.require_written()
             os.ftruncate(descriptor, allocated.length)
             length = allocated.length - USER_BLOCK
             digest = _digest_of(raw, length)
@@ -93,11 +94,21 @@ def write_streamed(path: Path, kind: str, fill: Fill, size_hint: int) -> None:
 
 
 class AllocatedFile:
-    """A file whose space is allocated beforehand, to HDF5 as long as what was written to it."""
+    """A file whose space is allocated beforehand, to HDF5 as long as what was written to it.
+
+    HDF5 crashes where a write fails at the wrong moment, so it is told that all went well; :meth:`require_written`
+    raises the first error afterwards.
+    """
 
     def __init__(self, raw: io.FileIO) -> None:
         self.raw = raw
         self.length = 0
+        self._error: OSError | None = None
+
+    def require_written(self) -> None:
+        """Raise the OSError of the first write that failed, if one did."""
+        if self._error is not None:
+            raise self._error
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         return self.raw.seek(self.length + offset) if whence == os.SEEK_END else self.raw.seek(offset, whence)
@@ -112,8 +123,13 @@ class AllocatedFile:
         return self.raw.readinto(buffer) or 0
 
     def write(self, data: memoryview) -> int:
-        write_bytes(self.raw.fileno(), data)
-        self.length = max(self.length, self.raw.tell())
+        start = self.raw.tell()
+        if self._error is None:
+            try:
+                write_bytes(self.raw.fileno(), data)
+            except OSError as error:
+                self._error = error
+        self.length = max(self.length, self.raw.seek(start + len(data)))
         return len(data)
 
     def truncate(self, size: int) -> int:

@@ -82,7 +82,8 @@ def test_kept_factor_numbers_the_elements_in_c_order():
     assert (factor.shape, factor.dtype) == ((2, 3, 2, 5), np.float32)
     for b, key in enumerate(keys):
         kept = [scalar_bits(i, int(key)) >= threshold for i in range(30)]
-        np.testing.assert_array_equal(factor[b].reshape(-1), np.where(kept, np.float32(1 / 0.7), np.float32(0)))
+        expected = np.where(kept, np.float32(1 / 0.7), np.float32(0))
+        np.testing.assert_array_equal(factor[b].reshape(-1), expected)
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.1, 0.5, 0.9])
@@ -115,7 +116,8 @@ def test_masks_of_different_numbers_are_independent(name):
 
 
 def test_the_four_numbers_are_not_exchangeable():
-    ways = [bits(8, seed=s, step=t, sequence=q, site=e) for s, t, q, e in itertools.permutations((1, 2, 3, 4))]
+    orders = itertools.permutations((1, 2, 3, 4))
+    ways = [bits(8, seed=s, step=t, sequence=q, site=e) for s, t, q, e in orders]
     assert len({tuple(way) for way in ways}) == 24
 
 

@@ -36,8 +36,8 @@ def make_model(symmetry_group=TABLE, dtype=np.float64, micro_batch_size=0, kerne
     model.initialize(1)
     rng = np.random.default_rng(2)
     tensors = model.tensors_in_token_order(model.parameters.vector)
-    for tensor in tensors.values():
-        tensor += 0.3 * rng.standard_normal(tensor.shape)
+    for name in tensors:
+        tensors[name] += 0.3 * rng.standard_normal(tensors[name].shape)
     model.load_token_order(tensors, model.parameters.vector)
     return model
 
@@ -54,7 +54,8 @@ def make_batch(model, sequences=3, length=CONTEXT, seed=3):
 def some_of(batch, *indices):
     """A batch of these sequences of another."""
     chosen = list(indices)
-    return Batch(batch.inputs[chosen], batch.targets[chosen], batch.sequence_ids[chosen], batch.seed, batch.step)
+    inputs, targets, ids = batch.inputs[chosen], batch.targets[chosen], batch.sequence_ids[chosen]
+    return Batch(inputs, targets, ids, batch.seed, batch.step)
 
 
 def gradients_of(model, batch):
@@ -81,6 +82,7 @@ def naive_logits(tensors, tokens, config):
     x = [t["wte.weight"][token] + t["wpe.weight"][place] for place, token in enumerate(tokens)]
     for layer in range(config.n_layer):
         block = {name.removeprefix(f"h.{layer}."): tensor for name, tensor in t.items()}
+        out_weight, out_bias = block["mlp.c_proj.weight"], block["mlp.c_proj.bias"]
         normed = [naive_norm(row, block["ln_1.weight"], block["ln_1.bias"]) for row in x]
         mixed = naive_attention(normed, block, config)
         x = [row + other for row, other in zip(x, mixed, strict=True)]
@@ -88,14 +90,15 @@ def naive_logits(tensors, tokens, config):
             normed = naive_norm(row, block["ln_2.weight"], block["ln_2.bias"])
             hidden = np.einsum("i,io->o", normed, block["mlp.c_fc.weight"]) + block["mlp.c_fc.bias"]
             active = np.array([0.5 * h * (1 + tanh(sqrt(2 / pi) * (h + 0.044715 * h**3))) for h in hidden])
-            x[place] = row + np.einsum("i,io->o", active, block["mlp.c_proj.weight"]) + block["mlp.c_proj.bias"]
+            x[place] = row + np.einsum("i,io->o", active, out_weight) + out_bias
     head = t["wte.weight" if config.tie_embeddings else "lm_head.weight"]
     return np.array([head @ naive_norm(row, t["ln_f.weight"], t["ln_f.bias"]) for row in x])
 
 
 def naive_attention(normed, block, config):
     width = config.n_embd // config.n_head
-    qkv = [np.einsum("i,io->o", row, block["attn.c_attn.weight"]) + block["attn.c_attn.bias"] for row in normed]
+    weight, bias = block["attn.c_attn.weight"], block["attn.c_attn.bias"]
+    qkv = [np.einsum("i,io->o", row, weight) + bias for row in normed]
     mixed = []
     for place in range(len(normed)):
         heads = []
@@ -166,10 +169,12 @@ def test_gradients_are_central_differences(tied, dropout):
         for element in rng.choice(spec.size, min(spec.size, 8), replace=False):
             direction = np.zeros_like(start)
             direction[offset + element] = 1.0
-            assert gradients[offset + element] == pytest.approx(slope(direction), rel=1e-6, abs=1e-7), spec.name
+            expected = pytest.approx(slope(direction), rel=1e-6, abs=1e-7)
+            assert gradients[offset + element] == expected, spec.name
     for _ in range(3):
         direction = rng.standard_normal(len(start))
-        assert gradients @ direction == pytest.approx(slope(direction), rel=1e-7)
+        direction /= np.linalg.norm(direction)
+        assert gradients @ direction == pytest.approx(slope(direction), rel=1e-6, abs=1e-7)
 
 
 def test_no_tensor_is_without_gradient_but_the_key_bias():
@@ -393,9 +398,9 @@ def test_initialisation_is_gpt2s():
 
 
 def test_the_seed_decides():
-    assert (initialized(seed=1).parameters.vector == initialized(seed=1).parameters.vector).all()
-    assert (initialized(seed=1)["wte.weight"] if False else initialized(seed=1).parameters["wte.weight"]).any()
-    assert (initialized(seed=1).parameters["wte.weight"] != initialized(seed=2).parameters["wte.weight"]).all()
+    first, again, other = initialized(seed=1), initialized(seed=1), initialized(seed=2)
+    np.testing.assert_array_equal(first.parameters.vector, again.parameters.vector)
+    assert (first.parameters["wte.weight"] != other.parameters["wte.weight"]).all()
 
 
 @TIED
@@ -423,7 +428,8 @@ def test_tensors_have_hugging_face_names_and_shapes(tied):
             expected[f"h.{layer}.{name}.weight"] = expected[f"h.{layer}.{name}.bias"] = (6,)
     specs = transformer_specs(make_config(tie_embeddings=tied))
     assert {spec.name: spec.shape for spec in specs} == expected
-    assert {spec.name for spec in specs if spec.symmetry_rows} == {"wte.weight", "lm_head.weight"} & set(expected)
+    tables = {spec.name for spec in specs if spec.symmetry_rows}
+    assert tables == {"wte.weight", "lm_head.weight"} & set(expected)
 
 
 @TIED

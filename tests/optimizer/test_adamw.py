@@ -1,5 +1,7 @@
 """AdamW: matches the textbook, bit for bit the same however it is cut, and it converges."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 
@@ -88,16 +90,20 @@ def test_reads_one_slot_and_writes_another(kernels):
 def test_in_place_gives_the_same_bits(kernels):
     parameters, gradients, m, v = random_state()
     expected = update(kernels, (parameters, gradients, m, v))
-    for a, b in zip(update(kernels, (parameters, gradients, m, v), out=(parameters, m, v)), expected, strict=True):
+    actual = update(kernels, (parameters, gradients, m, v), out=(parameters, m, v))
+    for a, b in zip(actual, expected, strict=True):
         np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize("cuts", [[BLOCK], [UNIT, 2 * UNIT, 5 * UNIT], [BLOCK - UNIT, SPLIT + 3 * UNIT, N - UNIT]])
+CUTS = [[BLOCK], [UNIT, 2 * UNIT, 5 * UNIT], [BLOCK - UNIT, SPLIT + 3 * UNIT, N - UNIT]]
+
+
+@pytest.mark.parametrize("cuts", CUTS)
 def test_slices_give_the_same_bits_as_the_whole(kernels, cuts):
     state = random_state()
     whole = update(kernels, state)
     bounds = sorted([0, *cuts, SPLIT, N])
-    for start, stop in zip(bounds[:-1], bounds[1:], strict=True):
+    for start, stop in pairwise(bounds):
         part = [array[start:stop].copy() for array in state]
         sliced = update(kernels, part, ranges=((0, stop - start, start < SPLIT),))
         for a, b in zip(sliced, whole, strict=True):
@@ -105,8 +111,8 @@ def test_slices_give_the_same_bits_as_the_whole(kernels, cuts):
 
 
 def test_decay_applies_in_its_ranges_only(kernels):
-    parameters, _, m, v = random_state()
-    zero = np.zeros_like(m)
+    parameters = random_state()[0]
+    zero = np.zeros_like(parameters)
     after, _, _ = update(kernels, (parameters, zero, zero, zero))
     np.testing.assert_array_equal(after[SPLIT:], parameters[SPLIT:])
     shrink = 1 - SETTINGS["learning_rate"] * SETTINGS["weight_decay"]

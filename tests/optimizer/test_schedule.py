@@ -7,11 +7,11 @@ import pytest
 from hiermpi.optimizer.schedule import warmup_cosine
 
 PEAK, LOWEST, WARMUP, END = 1e-3, 1e-4, 10, 110
+SETTINGS = {"learning_rate": PEAK, "min_learning_rate": LOWEST, "warmup_steps": WARMUP, "decay_steps": END}
 
 
 def rate(step, **changes):
-    settings = {"learning_rate": PEAK, "min_learning_rate": LOWEST, "warmup_steps": WARMUP, "decay_steps": END}
-    return warmup_cosine(step, **(settings | changes))
+    return warmup_cosine(step, **(SETTINGS | changes))
 
 
 def test_the_first_step_already_learns():
