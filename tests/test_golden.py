@@ -18,6 +18,7 @@ GOLDEN = Path(__file__).parent / "golden" / "tiny_losses.txt"
 
 def golden_run(folder):
     from mpi4py import MPI
+
     from runs import TINY, losses, make_dataset, train_on
 
     data = make_dataset(folder)
