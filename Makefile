@@ -40,7 +40,7 @@ install: .venv/installed ## environment in .venv, with an MPI in .venv/bin/mpiex
 	@touch $@
 
 train: install ## prepare the built-in corpus and train on 13 ranks; again: continue, or say it is done
-	@test -f $(RUNS)/stdlib.h5 || $(BIN)/hiermpi prepare stdlib --out $(RUNS)/stdlib.h5
+	@mkdir -p $(RUNS) && test -f $(RUNS)/stdlib.h5 || $(BIN)/hiermpi prepare stdlib --out $(RUNS)/stdlib.h5
 	$(call MPIRUN,$(RANKS)) $(BIN)/hiermpi train --data $(RUNS)/stdlib.h5 --run $(RUNS)/first --config jobs/first.toml
 
 test: test-serial test-mpi test-smoke ## the whole suite, serial and under mpiexec
