@@ -6,6 +6,7 @@ Here only the sums are formed; the division happens once, where the optimizer st
 part with zeros.
 
 - ``tree``: Reduce on each group communicator, then Reduce on the control communicator.
+- ``shared``: in memory that the ranks of a node share (:mod:`hiermpi.communication.shared_reduction`).
 - ``flat``: one Allreduce over the world; the reference that every other form must equal.
 """
 
@@ -18,6 +19,8 @@ from mpi4py import MPI
 from numpy.typing import NDArray
 
 from hiermpi.communication.communicators import Communicators
+from hiermpi.communication.waiting import Waiter
+from hiermpi.model.parameters import aligned_zeros
 
 CHUNK_BYTES = 1 << 17
 """Messages are cut to this size: unsegmented algorithms of MPI libraries pipeline poorly, and counts stay small."""
@@ -29,6 +32,12 @@ class Reduction(Protocol):
 
     name: str
 
+    def gradient_vector(self) -> NDArray[np.float32]:
+        """This rank's zeroed gradient, in the memory where it is summed best."""
+
+    def parameter_vector(self) -> NDArray[np.float32]:
+        """The parameters, in the memory where they are broadcast best."""
+
     def reduce(self, vector: NDArray) -> None:
         """Leave the sum over ranks of ``vector`` in the root's ``vector``; elsewhere it becomes scratch.
 
@@ -38,29 +47,42 @@ class Reduction(Protocol):
     def broadcast(self, vector: NDArray) -> None:
         """Give every rank the root's ``vector``. Collective over the hierarchy."""
 
+    def free(self) -> None:
+        """Free what was made. Collective over the hierarchy."""
+
 
 class TreeReduction:
-    """Level by level, as the ranks are organised."""
+    """Level by level, as the ranks are organised.
+
+    Args:
+        comms: the hierarchy.
+        size: elements of the gradient and parameter vectors.
+    """
 
     name = "tree"
 
-    def __init__(self, comms: Communicators) -> None:
+    def __init__(self, comms: Communicators, size: int = 0) -> None:
         self.comms = comms
+        self.size = size
+
+    def gradient_vector(self) -> NDArray[np.float32]:
+        return aligned_zeros(self.size, np.float32)
+
+    def parameter_vector(self) -> NDArray[np.float32]:
+        return aligned_zeros(self.size, np.float32)
 
     def reduce(self, vector: NDArray) -> None:
         # Up: group, then control.
         for comm in self.comms.levels_up():
-            self._chunked(vector, partial(ireduce_in_place, comm))
+            chunked(self.comms.waiter, vector, partial(ireduce_in_place, comm))
 
     def broadcast(self, vector: NDArray) -> None:
         # Down: control, then group.
         for comm in self.comms.levels_down():
-            self._chunked(vector, comm.Ibcast)
+            chunked(self.comms.waiter, vector, comm.Ibcast)
 
-    def _chunked(self, vector: NDArray, start: Callable[[NDArray], MPI.Request]) -> None:
-        pieces = chunks(vector)
-        for first in range(0, len(pieces), CHUNKS_IN_FLIGHT):
-            self.comms.waiter.wait_all([start(chunk) for chunk in pieces[first : first + CHUNKS_IN_FLIGHT]])
+    def free(self) -> None:
+        """There is nothing to free."""
 
 
 class FlatReduction(TreeReduction):
@@ -69,10 +91,10 @@ class FlatReduction(TreeReduction):
     name = "flat"
 
     def reduce(self, vector: NDArray) -> None:
-        self._chunked(vector, lambda chunk: self.comms.world.Iallreduce(MPI.IN_PLACE, chunk))
+        chunked(self.comms.waiter, vector, lambda chunk: self.comms.world.Iallreduce(MPI.IN_PLACE, chunk))
 
     def broadcast(self, vector: NDArray) -> None:
-        self._chunked(vector, self.comms.world.Ibcast)
+        chunked(self.comms.waiter, vector, self.comms.world.Ibcast)
 
 
 def ireduce_in_place(comm: MPI.Comm, chunk: NDArray) -> MPI.Request:
@@ -80,15 +102,17 @@ def ireduce_in_place(comm: MPI.Comm, chunk: NDArray) -> MPI.Request:
     return comm.Ireduce(MPI.IN_PLACE, chunk) if comm.rank == 0 else comm.Ireduce(chunk, None)
 
 
+def chunked(waiter: Waiter, vector: NDArray, start: Callable[[NDArray], MPI.Request]) -> None:
+    """Do what ``start`` starts on every chunk of ``vector``, a few at a time."""
+    pieces = chunks(vector)
+    for first in range(0, len(pieces), CHUNKS_IN_FLIGHT):
+        waiter.wait_all([start(chunk) for chunk in pieces[first : first + CHUNKS_IN_FLIGHT]])
+
+
 def chunks(vector: NDArray) -> list[NDArray]:
     """Views that cover ``vector`` in pieces of at most :data:`CHUNK_BYTES`."""
     step = max(1, CHUNK_BYTES // vector.itemsize)
     return [vector[start : start + step] for start in range(0, len(vector), step)]
-
-
-def make_reduction(kind: str, comms: Communicators) -> Reduction:
-    """The reduction called ``kind`` in the configuration."""
-    return FlatReduction(comms) if kind == "flat" else TreeReduction(comms)
 
 
 def allreduce_small(comms: Communicators, values: NDArray[np.float64]) -> None:

@@ -8,7 +8,7 @@ somebody polls, so whenever a request completes the next ones are polled for wit
 import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from mpi4py import MPI
 
@@ -70,6 +70,24 @@ class Waiter:
             pause = min(2 * pause, LONGEST_SLEEP)
             if now - start > 1.0:
                 warned = self._watch(now - start, warned)
+        self.seconds += time.perf_counter() - start
+
+    def wait_until(self, ready: Callable[[], bool]) -> None:
+        """Return when ``ready`` says so: for words of shared memory, which other ranks write."""
+        if ready():
+            return
+        start = time.perf_counter()
+        pause = FIRST_SLEEP
+        warned = False
+        while not ready():
+            waited = time.perf_counter() - start
+            if waited < self.spin_seconds:
+                os.sched_yield()
+                continue
+            time.sleep(pause)
+            pause = min(2 * pause, LONGEST_SLEEP)
+            if waited > 1.0:
+                warned = self._watch(waited, warned)
         self.seconds += time.perf_counter() - start
 
     def _watch(self, waited: float, warned: bool) -> bool:

@@ -39,6 +39,13 @@ def aligned_empty(size: int, dtype: DTypeLike) -> NDArray:
     return raw[start : start + nbytes].view(dtype)
 
 
+def aligned_zeros(size: int, dtype: DTypeLike) -> NDArray:
+    """The same, zeroed."""
+    array = aligned_empty(size, dtype)
+    array[:] = 0
+    return array
+
+
 class ParameterLayout:
     """Where each tensor stands in the vector. Allocates nothing.
 
@@ -91,8 +98,7 @@ class ParameterBuffer(ParameterLayout):
         self.dtype = np.dtype(dtype)
         end = self.size
         if storage is None:
-            storage = aligned_empty(end, self.dtype)
-            storage[:] = 0
+            storage = aligned_zeros(end, self.dtype)
         if storage.shape != (end,) or storage.dtype != self.dtype:
             raise ValueError(f"storage is {storage.dtype}{storage.shape}, expected {self.dtype}({end},)")
         self.vector = storage
@@ -110,6 +116,4 @@ class ParameterBuffer(ParameterLayout):
 
     def new_vector(self) -> NDArray:
         """A zeroed vector of this layout."""
-        vector = aligned_empty(self.size, self.dtype)
-        vector[:] = 0
-        return vector
+        return aligned_zeros(self.size, self.dtype)

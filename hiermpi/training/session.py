@@ -13,8 +13,9 @@ from mpi4py import MPI
 from hiermpi.communication.communicators import Communicators
 from hiermpi.communication.leaving import ErrorSink, set_error_sink
 from hiermpi.communication.objects import agree, broadcast_object
-from hiermpi.communication.reduction import Reduction, make_reduction
+from hiermpi.communication.reduction import TreeReduction
 from hiermpi.communication.scatter import BatchScatter
+from hiermpi.communication.shared_reduction import make_reduction
 from hiermpi.communication.waiting import Waiter
 from hiermpi.config.schema import Config, duration_seconds
 from hiermpi.data.rows import ID_COLUMNS
@@ -22,7 +23,8 @@ from hiermpi.data.sampling import Sampler
 from hiermpi.errors import EXIT_DONE, EXIT_STOPPED
 from hiermpi.hierarchy.routing import Router
 from hiermpi.hierarchy.symmetry import symmetry_groups
-from hiermpi.model.transformer import Transformer
+from hiermpi.model.parameters import ParameterLayout
+from hiermpi.model.transformer import Transformer, transformer_specs
 from hiermpi.optimizer.optimizer import Optimizer, OptimizerSettings
 from hiermpi.training.batches import BatchSource, EvaluationSource
 from hiermpi.training.evaluation import Evaluation
@@ -73,6 +75,7 @@ def train(arguments: argparse.Namespace, world: MPI.Comm) -> int:
     )
     session = Session(start, comms, opened)
     code = session.run()
+    session.reduction.free()
     comms.free()
     return code
 
@@ -130,7 +133,8 @@ class Session:
         self.comms = comms
         self.opened = opened
         self.config = config = start.config
-        self.reduction: Reduction = make_reduction(config.hierarchy.reduction, comms)
+        size = ParameterLayout(transformer_specs(config.model)).size
+        self.reduction = make_reduction(config.hierarchy.reduction, comms, size)
         self.phases = Phases(comms.rank, comms.waiter, start.faults)
         self.progress = Progress(start.step, start.cursor, start.skipped)
         self.stopping = self._stop_requests()
@@ -253,10 +257,15 @@ class Session:
         shape = self.config.model
         known = self.opened.dataset.symmetry_group if self.opened else None
         groups = symmetry_groups(known, shape.vocab_size, shape.symmetry_order)
-        self.reduction.broadcast(groups)
+        TreeReduction(self.comms).broadcast(groups)
         error, model = None, None
         try:
-            model = Transformer(self.config.model, groups, micro_batch_size=self.config.train.micro_batch_size)
+            model = Transformer(
+                self.config.model,
+                groups,
+                storage=self.reduction.parameter_vector(),
+                micro_batch_size=self.config.train.micro_batch_size,
+            )
         except MemoryError as caught:
             error = caught
         agree(self.comms.world, error, self.comms.waiter)

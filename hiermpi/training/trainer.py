@@ -112,7 +112,7 @@ class Trainer:
         self.learning_rate = learning_rate
         self.source = source
         self.optimizer = optimizer
-        self.gradients = model.parameters.new_vector()
+        self.gradients = reduction.gradient_vector()
         self.sequences = 0
         """Sequences that this rank has computed."""
         self.tokens = 0

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from launch import run
+
 from runs import TINY, make_dataset
 
 LIMIT = 15
@@ -38,7 +39,7 @@ def train(data, folder, *options):
         (("--model.symmetry_order", "7"), ("model.symmetry_order = 7", "12")),
         (("--model.vocab_size", "9"), ("model.vocab_size = 9", "256")),
         (("--model.context_length", "1000000"), ("context",)),
-        (("--hierarchy.reduction", "shared"), ("hierarchy.reduction = shared", "tree")),
+        (("--hierarchy.reproducible", "true"), ("hierarchy.reproducible = true", "false")),
         (("--optimizer.placement", "sharded"), ("optimizer.placement = sharded", "root")),
         (("--run.min_ranks", "9"), ("run.min_ranks = 9", "3 ranks")),
     ],

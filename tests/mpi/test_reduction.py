@@ -6,28 +6,41 @@ from collective import collective_assert
 
 from hiermpi.communication import reduction
 from hiermpi.communication.communicators import Communicators
-from hiermpi.communication.reduction import allreduce_small, chunks, make_reduction
+from hiermpi.communication.reduction import allreduce_small, chunks
+from hiermpi.communication.shared_reduction import make_reduction
 
 pytestmark = pytest.mark.mpi
 
 
-@pytest.fixture(params=["tree", "flat"])
+@pytest.fixture(params=["tree", "shared", "flat"])
 def kind(request):
     return request.param
 
 
+def gradients(how, values):
+    """This rank's gradient vector, filled."""
+    vector = how.gradient_vector()
+    vector[:] = values
+    return vector
+
+
 @pytest.mark.smoke
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("n", [1, 5, 1000])
-def test_sum_of_ranks(comm, kind, n, dtype):
+def test_sum_of_ranks(comm, kind, n):
     comms = Communicators(comm, 12)
-    how = make_reduction(kind, comms)
+    how = make_reduction(kind, comms, n)
     size = comm.size
-    for repeat in range(2):  # lazy initialisation hides bugs
-        vector = np.full(n, comm.rank + 1 + repeat, dtype)
+    vector = how.gradient_vector()
+    small = np.empty(4)
+    for repeat in range(3):  # lazy initialisation and reuse hide bugs
+        vector[:] = comm.rank + 1 + repeat
+        small[:] = comm.rank + 1 + repeat
+        how.reduce(small)
         how.reduce(vector)
         expected = size * (size + 1) / 2 + size * repeat
         collective_assert(comm, comm.rank or (vector == expected).all(), f"{vector[:3]} is not {expected}")
+        collective_assert(comm, comm.rank or (small == expected).all(), f"{small} is not {expected}")
+    how.free()
     comms.free()
 
 
@@ -35,47 +48,71 @@ def test_sum_of_ranks(comm, kind, n, dtype):
 def test_sum_in_many_chunks(comm, kind, order, monkeypatch):
     monkeypatch.setattr(reduction, "CHUNK_BYTES", 64)
     comms = Communicators(comm, order)
-    how = make_reduction(kind, comms)
-    vector = np.arange(1003, dtype=np.float32) * (comm.rank + 1)
+    how = make_reduction(kind, comms, 1003)
+    vector = gradients(how, np.arange(1003) * (comm.rank + 1))
     how.reduce(vector)
     expected = np.arange(1003, dtype=np.float32) * (comm.size * (comm.size + 1) / 2)
     collective_assert(comm, comm.rank or np.array_equal(vector, expected))
-    how.broadcast(vector)
-    collective_assert(comm, np.array_equal(vector, expected))
+    how.free()
     comms.free()
 
 
-def test_tree_equals_flat_to_rounding(comm):
+def test_every_form_equals_flat_to_rounding(comm):
     comms = Communicators(comm, 12)
     mine = np.random.default_rng(comm.rank).normal(size=5000).astype(np.float32)
-    sums = []
-    for kind in ("tree", "flat"):
-        vector = mine.copy()
-        make_reduction(kind, comms).reduce(vector)
-        sums.append(vector)
-    collective_assert(comm, comm.rank or np.allclose(sums[0], sums[1], rtol=0, atol=1e-5))
+    sums = {}
+    for kind in ("flat", "tree", "shared"):
+        how = make_reduction(kind, comms, 5000)
+        vector = gradients(how, mine)
+        how.reduce(vector)
+        sums[kind] = vector.copy()
+        how.free()
+    for kind in ("tree", "shared"):
+        collective_assert(comm, comm.rank or np.allclose(sums[kind], sums["flat"], rtol=0, atol=1e-5), kind)
     comms.free()
 
 
 def test_same_bits_every_time(comm, kind):
     comms = Communicators(comm, 12)
-    how = make_reduction(kind, comms)
+    how = make_reduction(kind, comms, 300_000)
     mine = np.random.default_rng(comm.rank).normal(size=300_000).astype(np.float32)
-    first = mine.copy()
-    how.reduce(first)
-    for _ in range(3):
-        again = mine.copy()
-        how.reduce(again)
-        collective_assert(comm, comm.rank or np.array_equal(first, again))
+    vector, first = how.gradient_vector(), None
+    for _ in range(4):
+        vector[:] = mine
+        how.reduce(vector)
+        first = vector.copy() if first is None else first
+        collective_assert(comm, comm.rank or np.array_equal(first, vector))
+    how.free()
     comms.free()
 
 
 @pytest.mark.smoke
 def test_broadcast_reaches_every_rank(comm, kind):
     comms = Communicators(comm, 12)
-    vector = np.full(1000, 7.5 if comm.rank == 0 else -1, np.float32)
-    make_reduction(kind, comms).broadcast(vector)
-    collective_assert(comm, (vector == 7.5).all())
+    how = make_reduction(kind, comms, 1000)
+    parameters = how.parameter_vector()
+    for value in (7.5, 8.5):
+        if comm.rank == 0:
+            parameters[:] = value
+        small = np.array([value, 1.0] if comm.rank == 0 else [0.0, 0.0])
+        how.broadcast(small)
+        how.broadcast(parameters)
+        collective_assert(comm, (parameters == value).all(), parameters[:3])
+        collective_assert(comm, small.tolist() == [value, 1.0], small)
+        how.broadcast(small)  # nobody may run ahead and write while others still compare
+    how.free()
+    comms.free()
+
+
+def test_without_shared_memory_the_tree_takes_over(comm, monkeypatch):
+    def refuse(*arguments):
+        raise OSError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr("os.posix_fallocate", refuse)
+    comms = Communicators(comm, 12)
+    how = make_reduction("shared", comms, 10)
+    assert how.name == "tree"
+    how.free()
     comms.free()
 
 

@@ -476,3 +476,15 @@ void NAME(block_sums)(double *sums, const float *x, const int64_t *bounds, long 
         sums[b] = ((lane[0] + lane[4]) + (lane[2] + lane[6])) + ((lane[1] + lane[5]) + (lane[3] + lane[7]));
     }
 }
+
+/* buffers[0][i] = sum over b of buffers[b][i] for start <= i < stop, added in the order of b; buffer b begins at
+ * b * stride. In pieces that stay in the cache. */
+void NAME(sum_buffers)(float *buffers, long stride, long count, long start, long stop) {
+    for (long first = start; first < stop; first += 4096) {
+        const long last = first + 4096 < stop ? first + 4096 : stop;
+        for (long b = 1; b < count; b++) {
+            const float *x = buffers + b * stride;
+            for (long i = first; i < last; i++) buffers[i] += x[i];
+        }
+    }
+}

@@ -15,6 +15,8 @@ Array = NDArray[np.floating]
 NORM_EPSILON = 1e-5
 GELU_SCALE = np.sqrt(2.0 / np.pi)
 GELU_CUBIC = 0.044715
+SUM_PIECE = 1 << 14
+"""Elements summed over all buffers at a time: they stay in the cache."""
 
 NO_KEYS = np.zeros(0, np.uint64)
 
@@ -216,6 +218,13 @@ class ReferenceKernels:
             logits[rows, targets[rows]] -= 1.0
             logits[targets < 0] = 0.0
         return loss
+
+    def sum_buffers(self, buffers: Array, start: int, stop: int) -> None:
+        """buffers[0, start:stop] = its sum over axis 0 of buffers (P, n), in the order of the buffers."""
+        for first in range(start, stop, SUM_PIECE):
+            piece = buffers[:, first : min(first + SUM_PIECE, stop)]
+            for addend in piece[1:]:
+                piece[0] += addend
 
     def _heads(self, qkv: Array, shape: Sequence[int]) -> tuple[Array, Array, Array]:
         """q, k, v as (B, H, T, D) views of qkv (N, 3C)."""

@@ -1,0 +1,146 @@
+"""Sums in memory that a node's ranks share: level 1 is the node, level 2 its leaders.
+
+Every rank of a node sums its own slice over the gradients of all ranks there, in the order of the ranks, into the
+gradient of the node's first rank; then the nodes' first ranks reduce theirs to the root, chunk by chunk. There is one
+copy of the parameters per node, so a broadcast inside a node is a barrier. Groups decide routing and ownership, the
+machine decides the sum.
+"""
+
+import logging
+
+import numpy as np
+from mpi4py import MPI
+from numpy.typing import NDArray
+
+from hiermpi.communication.communicators import Communicators
+from hiermpi.communication.objects import agree
+from hiermpi.communication.reduction import FlatReduction, Reduction, TreeReduction, chunked, ireduce_in_place
+from hiermpi.communication.shared_memory import (
+    LINE,
+    MAILBOX_DOUBLES,
+    NodeBarrier,
+    NodeMemory,
+    shared_memory_usable,
+)
+from hiermpi.errors import UserError
+from hiermpi.hierarchy.topology import block_bounds
+from hiermpi.model.kernels import load_kernels
+
+SLICE_UNIT = LINE // 4
+"""Slices begin on cache lines, so that no two ranks write to the same one."""
+
+logger = logging.getLogger("hiermpi")
+
+
+class SharedReduction:
+    """Sums and broadcasts through node-shared memory. Collective over the hierarchy, like its methods.
+
+    Args:
+        comms: the hierarchy.
+        size: elements of the gradient and parameter vectors.
+
+    Raises:
+        UserError: on every rank of a node that cannot have the memory.
+    """
+
+    name = "shared"
+
+    def __init__(self, comms: Communicators, size: int) -> None:
+        self.comms = comms
+        node = comms.node
+        self._leaders = comms.world.Split(0 if node.rank == 0 else MPI.UNDEFINED, comms.rank)
+        stride = -(-size // SLICE_UNIT) * SLICE_UNIT
+        barrier_bytes = -(-NodeBarrier.nbytes(node.size) // LINE) * LINE
+        memory = NodeMemory(node, barrier_bytes + 4 * stride * (node.size + 1), comms.waiter)
+        self._barrier = NodeBarrier(memory, 0, node, comms.waiter)
+        self._buffers = memory.array(barrier_bytes, (node.size, stride), np.float32)
+        self._parameters = memory.array(barrier_bytes + 4 * stride * node.size, (stride,), np.float32)
+        self._size = size
+        bounds = [unit * SLICE_UNIT for unit in block_bounds(stride // SLICE_UNIT, node.size)]
+        self._slice = (bounds[node.rank], bounds[node.rank + 1])
+        self._kernels = load_kernels()
+        self._turn = 0
+
+    def gradient_vector(self) -> NDArray[np.float32]:
+        return self._buffers[self.comms.node.rank, : self._size]
+
+    def parameter_vector(self) -> NDArray[np.float32]:
+        return self._parameters[: self._size]
+
+    def reduce(self, vector: NDArray) -> None:
+        if self._is(vector, self._buffers[self.comms.node.rank]):
+            self._barrier.wait()
+            self._kernels.sum_buffers(self._buffers, *self._slice)
+            self._barrier.wait()
+        else:
+            self._reduce_small(vector)
+        if self._leaders != MPI.COMM_NULL and self._leaders.size > 1:
+            chunked(self.comms.waiter, vector, lambda chunk: ireduce_in_place(self._leaders, chunk))
+
+    def broadcast(self, vector: NDArray) -> None:
+        if self._leaders != MPI.COMM_NULL and self._leaders.size > 1:
+            chunked(self.comms.waiter, vector, self._leaders.Ibcast)
+        if self._is(vector, self._parameters):
+            self._barrier.wait()
+        else:
+            self._broadcast_small(vector)
+
+    def free(self) -> None:
+        if self._leaders != MPI.COMM_NULL:
+            self._leaders.Free()
+
+    def _is(self, vector: NDArray, memory: NDArray) -> bool:
+        return vector.ctypes.data == memory.ctypes.data
+
+    def _reduce_small(self, vector: NDArray) -> None:
+        """Through the mailboxes: the node's first rank adds them up in the order of the ranks."""
+        for first in range(0, len(vector), MAILBOX_DOUBLES):
+            part = vector[first : first + MAILBOX_DOUBLES]
+            boxes = self._next_mailboxes()
+            boxes[self.comms.node.rank, : len(part)] = part
+            self._barrier.wait()
+            if self.comms.node.rank == 0:
+                part[:] = boxes[:, : len(part)].sum(axis=0)
+
+    def _broadcast_small(self, vector: NDArray) -> None:
+        for first in range(0, len(vector), MAILBOX_DOUBLES):
+            part = vector[first : first + MAILBOX_DOUBLES]
+            boxes = self._next_mailboxes()
+            if self.comms.node.rank == 0:
+                boxes[0, : len(part)] = part
+            self._barrier.wait()
+            if self.comms.node.rank != 0:
+                part[:] = boxes[0, : len(part)]
+
+    def _next_mailboxes(self) -> NDArray[np.float64]:
+        """Two sets take turns: a set is written again only after a barrier that all its readers have reached."""
+        self._turn = 1 - self._turn
+        return self._barrier.mailboxes[self._turn]
+
+
+def make_reduction(kind: str, comms: Communicators, size: int) -> Reduction:
+    """The reduction called ``kind`` in the configuration, for vectors of ``size`` elements.
+
+    ``auto`` is ``shared`` where ranks share a node, else ``tree``. Where shared memory cannot be had, ``tree`` takes
+    its place, and the log says so. Collective over the hierarchy.
+    """
+    if kind == "flat":
+        return FlatReduction(comms, size)
+    alone = comms.topology.n_nodes == comms.size
+    if kind == "tree" or (kind == "auto" and (alone or not shared_memory_usable())):
+        return TreeReduction(comms, size)
+    error, made = None, None
+    try:
+        if not shared_memory_usable():
+            raise UserError("this processor or system does not have what node-shared sums rely on")
+        made = SharedReduction(comms, size)
+    except UserError as caught:
+        error = caught
+    try:
+        agree(comms.world, error, comms.waiter)
+    except UserError as caught:
+        if comms.rank == 0:
+            logger.warning("%s; hierarchy.reduction = tree is used instead", caught)
+        return TreeReduction(comms, size)
+    assert made is not None
+    return made
