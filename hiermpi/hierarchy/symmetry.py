@@ -30,6 +30,8 @@ class SymmetryTable:
     """
 
     def __init__(self, groups: NDArray[np.uint8], symmetry_order: int) -> None:
+        if len(groups) and groups.max() >= symmetry_order:
+            raise ValueError(f"symmetry class {groups.max()} does not exist in a symmetry of order {symmetry_order}")
         self.token_of_row = np.argsort(groups, kind="stable")
         self.row_of_token = np.empty_like(self.token_of_row)
         self.row_of_token[self.token_of_row] = np.arange(len(groups))

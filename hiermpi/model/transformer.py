@@ -338,6 +338,8 @@ class Transformer:
 
     def _reserve(self, sequences: int, length: int) -> dict[str, NDArray]:
         """The buffers for a micro-batch of this size: views into memory that is allocated once."""
+        if length > self.config.context_length:
+            raise ValueError(f"{length} tokens do not fit model.context_length = {self.config.context_length}")
         if sequences > self._size:
             self._allocate(sequences)
         rows = sequences * length

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hiermpi.model.kernels import Kernels, load_kernels
-from hiermpi.model.kernels.compiled import CompiledKernels
+from hiermpi.model.kernels.compiled import CompiledKernels, plain_float32
 
 Vector = NDArray[np.float32]
 
@@ -48,12 +48,13 @@ def adamw_update(
     kernels = kernels or load_kernels()
     step_size = learning_rate / (1.0 - beta1**count)
     root_correction = 1.0 / sqrt(1.0 - beta2**count)
+    compiled = kernels if isinstance(kernels, CompiledKernels) else None
     arrays = (out_parameters, out_m, out_v, parameters, gradients, m, v)
     for start, stop, decay in decay_ranges:
         shrink = 1.0 - learning_rate * weight_decay if decay else 1.0
         numbers = (scale, beta1, beta2, step_size, root_correction, eps, shrink)
-        if isinstance(kernels, CompiledKernels):
-            kernels.adamw([array[start:stop] for array in arrays], *numbers)
+        if compiled is not None and plain_float32(*arrays):
+            compiled.adamw([array[start:stop] for array in arrays], *numbers)
             continue
         for first in range(start, stop, BLOCK):
             _update_block([array[first : min(first + BLOCK, stop)] for array in arrays], *numbers)

@@ -10,8 +10,8 @@ from math import fsum, sqrt
 import numpy as np
 from numpy.typing import NDArray
 
-from hiermpi.model.kernels import load_kernels
-from hiermpi.model.kernels.compiled import CompiledKernels
+from hiermpi.model.kernels import Kernels, load_kernels
+from hiermpi.model.kernels.compiled import CompiledKernels, plain_float32
 from hiermpi.model.parameters import ParameterLayout
 
 LARGEST_BLOCK = 16384
@@ -38,10 +38,15 @@ def norm_blocks(layout: ParameterLayout, class_bounds: NDArray[np.int64] | None 
     return np.array(blocks, np.int64).reshape(-1, 2)
 
 
-def block_sums(vector: NDArray[np.float32], blocks: NDArray[np.int64], out: NDArray[np.float64]) -> None:
-    """Out (n,) = sum of squares of each block, in float64."""
-    kernels = load_kernels()
-    if isinstance(kernels, CompiledKernels):
+def block_sums(
+    vector: NDArray[np.floating],
+    blocks: NDArray[np.int64],
+    out: NDArray[np.float64],
+    kernels: Kernels | None = None,
+) -> None:
+    """Write the sum of squares of each block, in float64, to ``out`` (n,)."""
+    kernels = kernels or load_kernels()
+    if isinstance(kernels, CompiledKernels) and plain_float32(vector):
         kernels.block_sums(out, vector, blocks)
         return
     for index, (start, stop) in enumerate(blocks):

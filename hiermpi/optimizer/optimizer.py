@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hiermpi.config.schema import OptimizerConfig
+from hiermpi.model.kernels import Kernels
 from hiermpi.model.parameters import ParameterBuffer
 from hiermpi.optimizer.adamw import adamw_update
 from hiermpi.optimizer.norm import block_sums, clip_scale, norm_blocks, total_norm
@@ -40,11 +41,17 @@ class Optimizer:
         parameters: updated in place.
         settings: see :class:`OptimizerSettings`.
         class_bounds: row offsets of the symmetry classes; the norm's blocks never cross them.
+        kernels: by default the environment's.
     """
 
     def __init__(
-        self, parameters: ParameterBuffer, settings: OptimizerSettings, class_bounds: NDArray[np.int64] | None = None
+        self,
+        parameters: ParameterBuffer,
+        settings: OptimizerSettings,
+        class_bounds: NDArray[np.int64] | None = None,
+        kernels: Kernels | None = None,
     ) -> None:
+        self.kernels = kernels
         self.parameters = parameters
         self.settings = settings
         self.m = parameters.new_vector()
@@ -57,7 +64,7 @@ class Optimizer:
 
     def gradient_norm(self, gradients: NDArray[np.float32], n_tokens: int) -> float:
         """L2 norm of the mean gradient, from gradient sums; not finite where any element is not."""
-        block_sums(gradients, self._blocks, self._sums)
+        block_sums(gradients, self._blocks, self._sums, self.kernels)
         return total_norm(self._sums) / n_tokens
 
     def update(self, gradients: NDArray[np.float32], n_tokens: int, norm: float, step: int) -> None:
@@ -88,4 +95,5 @@ class Optimizer:
             out_parameters=vector,
             out_m=self.m,
             out_v=self.v,
+            kernels=self.kernels,
         )

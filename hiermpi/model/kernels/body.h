@@ -451,9 +451,11 @@ double NAME(cross_entropy)(float *logits, const int32_t *targets, long N, long V
 }
 
 /* AdamW on n elements; `scale` multiplies the gradient, `shrink` = 1 - learning rate * decay the parameter. */
-void NAME(adamw)(float *restrict out, float *restrict out_m, float *restrict out_v, const float *p, const float *g,
-                 const float *m, const float *v, long n, float scale, float beta1, float beta2, float step_size,
+void NAME(adamw)(float *out, float *out_m, float *out_v, const float *p, const float *g, const float *m,
+                 const float *v, long n, float scale, float beta1, float beta2, float step_size,
                  float root_correction, float eps, float shrink) {
+    /* out may be p itself, element for element, but never overlaps it otherwise */
+#pragma GCC ivdep
     for (long i = 0; i < n; i++) {
         const float x = g[i] * scale;
         const float m1 = beta1 * m[i] + (1.0f - beta1) * x;

@@ -169,6 +169,11 @@ class CompiledKernels:
         return self._scratch
 
 
+def plain_float32(*arrays: NDArray[Any]) -> bool:
+    """Whether the kernels can work on these arrays: float32, C-contiguous."""
+    return all(array.dtype == np.float32 and array.flags.c_contiguous for array in arrays)
+
+
 def at(array: NDArray[Any]) -> int:
     """Address of an array's first byte. The caller keeps the array alive, and C-contiguous."""
     return array.__array_interface__["data"][0]

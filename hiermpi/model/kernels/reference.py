@@ -5,6 +5,7 @@ D = C / H, vocabulary V; any floating dtype. Outputs are written into arrays tha
 """
 
 from collections.abc import Sequence
+from math import pi, sqrt
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +14,7 @@ from hiermpi.model.dropout import kept_factor
 
 Array = NDArray[np.floating]
 NORM_EPSILON = 1e-5
-GELU_SCALE = np.sqrt(2.0 / np.pi)
+GELU_SCALE = sqrt(2.0 / pi)
 GELU_CUBIC = 0.044715
 SUM_PIECE = 1 << 14
 """Elements summed over all buffers at a time: they stay in the cache."""
@@ -155,7 +156,7 @@ class ReferenceKernels:
         """
         batch, length, heads, width = shape
         q, k, v = self._heads(qkv + bias, shape)
-        scores = np.matmul(q, k.swapaxes(2, 3)) * (1.0 / np.sqrt(width))
+        scores = np.matmul(q, k.swapaxes(2, 3)) * (1.0 / sqrt(width))
         scores[..., np.triu(np.ones((length, length), bool), 1)] = -np.inf
         scores -= scores.max(axis=3, keepdims=True)
         np.exp(scores, out=scores)
@@ -191,7 +192,7 @@ class ReferenceKernels:
             dscores *= factor
         dscores -= (dscores * scores).sum(axis=3, keepdims=True)
         dscores *= scores
-        dscores *= 1.0 / np.sqrt(width)
+        dscores *= 1.0 / sqrt(width)
         parts = dqkv.reshape(batch, length, 3, heads, width)
         parts[:, :, 0] = np.matmul(dscores, k).swapaxes(1, 2)
         parts[:, :, 1] = np.matmul(dscores.swapaxes(2, 3), q).swapaxes(1, 2)
