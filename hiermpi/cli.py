@@ -15,10 +15,10 @@ from typing import NoReturn
 from hiermpi import __version__
 from hiermpi.errors import EXIT_ERROR, UsageError, UserError
 
-COMMANDS = ("prepare", "train", "evaluate", "plan", "verify", "info")
+COMMANDS = ("prepare", "train", "evaluate", "plan", "bench", "verify", "info")
 """One module each in :mod:`hiermpi.commands`; in the order of a user's first day."""
 
-MPI_ALWAYS = frozenset({"train"})
+MPI_ALWAYS = frozenset({"train", "bench"})
 MPI_WHEN_LAUNCHED = frozenset({"evaluate", "prepare"})
 
 RANK_VARIABLES = ("OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK", "SLURM_PROCID")

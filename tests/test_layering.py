@@ -15,12 +15,13 @@ ALLOWED = {
     "storage": {"storage", *PURE},
     "training": {"training", "communication", "storage", *PURE},
     "preparation": {"preparation", "storage", *PURE},
-    "commands": {"commands", "preparation", "training", "communication", "storage", *PURE},
+    "benchmarks": {"benchmarks", "training", "communication", *PURE},
+    "commands": {"commands", "benchmarks", "preparation", "training", "communication", "storage", *PURE},
     "cli": {"cli", "commands", "communication", *PURE},
     "__main__": {"cli"},
     "__init__": set(),
 }
-LIBRARIES = {"mpi4py": {"communication", "training", "commands", "cli"}, "h5py": {"storage", "commands"}}
+LIBRARIES = {"mpi4py": {"communication", "training", "benchmarks", "commands", "cli"}, "h5py": {"storage", "commands"}}
 
 
 def imports_of(path):

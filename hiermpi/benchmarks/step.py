@@ -1,0 +1,165 @@
+"""The training step: compiled against numpy kernels, against the machine's own sgemm rate, and against PyTorch.
+
+Every method does the same work per call: one optimizer step on the same number of sequences of the same shapes, on the
+same cores. PyTorch runs inside the same job, in turns: as DDP over gloo on the same processes, as one process with all
+threads, and compiled where that works; the best of these is the peer. Which forms ran, and why others did not, is in
+the result.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from mpi4py import MPI
+from numpy.typing import NDArray
+
+from hiermpi.benchmarks.measuring import interleaved, row
+from hiermpi.communication.communicators import Communicators
+from hiermpi.communication.scatter import BatchScatter
+from hiermpi.communication.shared_reduction import make_reduction
+from hiermpi.config.schema import Config
+from hiermpi.data.rows import ID_COLUMNS
+from hiermpi.data.sampling import Sampler
+from hiermpi.hierarchy.routing import Router
+from hiermpi.model.kernels import Kernels, load_kernels
+from hiermpi.model.parameters import ParameterLayout
+from hiermpi.model.transformer import Transformer, flops_per_token, transformer_specs
+from hiermpi.optimizer.optimizer import Optimizer, OptimizerSettings
+from hiermpi.training.batches import BatchSource
+from hiermpi.training.phases import Phases
+from hiermpi.training.stopping import StopRequests
+from hiermpi.training.trainer import Progress, Trainer
+
+CORPUS_TOKENS = 1 << 20
+
+
+class RandomTokens:
+    """A corpus in memory."""
+
+    def __init__(self, vocab_size: int) -> None:
+        self.tokens = np.random.default_rng(0).integers(0, vocab_size, CORPUS_TOKENS).astype(np.uint16)
+
+    def length(self, split: str) -> int:
+        return len(self.tokens)
+
+    def read(self, split: str, starts: NDArray[np.int64], length: int) -> NDArray[np.int32]:
+        return self.tokens[starts[:, None] + np.arange(length)].astype(np.int32)
+
+
+def make_trainer(config: Config, comms: Communicators, kernels: Kernels) -> Trainer:
+    """A trainer on random tokens. Collective over the hierarchy."""
+    model_config, root = config.model, comms.rank == 0
+    size = ParameterLayout(transformer_specs(model_config)).size
+    reduction = make_reduction(config.hierarchy.reduction, comms, size)
+    model = Transformer(
+        model_config,
+        storage=reduction.parameter_vector(),
+        micro_batch_size=config.train.micro_batch_size,
+        kernels=kernels,
+    )
+    if root:
+        model.initialize(config.train.seed)
+    reduction.broadcast(model.parameters.vector)
+    settings = OptimizerSettings(config.optimizer, config.train.grad_clip, config.train.steps)
+    source, optimizer = None, None
+    if root:
+        tokens = RandomTokens(model_config.vocab_size)
+        counts = np.bincount(tokens.tokens, minlength=model_config.vocab_size)
+        groups = (np.arange(model_config.vocab_size) % model_config.symmetry_order).astype(np.uint8)
+        router = Router(comms.topology, config.hierarchy.routing, groups, counts)
+        sampler = Sampler(CORPUS_TOKENS, model_config.context_length, config.train.seed)
+        source = BatchSource(tokens, sampler, router, model.symmetry.row_of_token, config.train.batch_size)
+        optimizer = Optimizer(model.parameters, settings, model.symmetry.class_bounds, kernels)
+    return Trainer(
+        config,
+        comms,
+        model,
+        reduction,
+        BatchScatter(comms, ID_COLUMNS + model_config.context_length + 1),
+        Phases(comms.rank, comms.waiter),
+        StopRequests(),
+        Progress(),
+        settings.learning_rate,
+        source,
+        optimizer,
+    )
+
+
+def bench_step(config: Config, world: MPI.Comm, rounds: int = 12, steps: int = 3) -> dict[str, Any]:
+    """Rows per method (seconds per step), ratios of the others' medians to ours. Collective over ``world``.
+
+    Args:
+        config: shapes and batch; the vocabulary size is resolved.
+        world: the ranks.
+        rounds: turns of each method.
+        steps: per turn.
+    """
+    comms = Communicators(world, config.model.symmetry_order, config.hierarchy.coordinators)
+    trainers = {"hiermpi": make_trainer(config, comms, load_kernels())}
+    if load_kernels().name != "numpy":
+        trainers["hiermpi numpy kernels"] = make_trainer(config, comms, load_kernels("numpy"))
+
+    def stepping(trainer: Trainer) -> Callable[[], None]:
+        def some_steps() -> None:
+            for _ in range(steps):
+                trainer.step()
+
+        return some_steps
+
+    methods: dict[str, Callable[[], None]] = {name: stepping(trainer) for name, trainer in trainers.items()}
+    methods["sgemm"] = _sgemm(config, comms, steps)
+    notes = _add_peers(methods, config, comms, steps)
+    barrier = lambda: comms.waiter.wait(comms.world.Ibarrier())  # noqa: E731
+    seconds = interleaved(methods, rounds, barrier)
+    tokens = config.train.batch_size * config.model.context_length
+    flops = flops_per_token(config.model) * tokens
+    rows = [
+        row(
+            name,
+            comms.size,
+            tokens,
+            [s / steps for s in taken],
+            gflops=flops * steps / sorted(taken)[len(taken) // 2] / 1e9,
+        )
+        for name, taken in seconds.items()
+    ]
+    medians = {entry["method"]: entry["median_s"] for entry in rows}
+    ours = medians["hiermpi"]
+    ratios = {f"{name} / hiermpi": median / ours for name, median in medians.items() if name != "hiermpi"}
+    peers = {name: median for name, median in medians.items() if name.startswith("torch")}
+    if peers:
+        best = min(peers, key=lambda name: peers[name])
+        ratios[f"best of PyTorch ({best}) / hiermpi"] = peers[best] / ours
+    phases = trainers["hiermpi"].phases
+    for trainer in trainers.values():
+        trainer.reduction.free()
+    result = {"rows": rows, "ratios": ratios, "notes": notes, "phases": phases.seconds, "waits": phases.waits}
+    comms.free()
+    return result
+
+
+def _sgemm(config: Config, comms: Communicators, steps: int) -> Callable[[], None]:
+    """The model's flops of a step as one large product per rank: what the machine's BLAS reaches at these widths."""
+    width = config.model.n_embd
+    rows = max(1, config.train.batch_size * config.model.context_length // comms.size)
+    a = np.ones((rows, width), np.float32)
+    b, out = np.ones((width, 4 * width), np.float32), np.empty((rows, 4 * width), np.float32)
+    flops = flops_per_token(config.model) * rows * steps
+    repeats = max(1, round(flops / (2.0 * rows * width * 4 * width)))
+
+    def multiply() -> None:
+        for _ in range(repeats):
+            np.matmul(a, b, out=out)
+
+    return multiply
+
+
+def _add_peers(methods: dict[str, Callable[[], None]], config: Config, comms: Communicators, steps: int) -> list[str]:
+    """Add what PyTorch can do here to ``methods``; tell what was tried. Collective over the world."""
+    try:
+        from hiermpi.benchmarks.torch_peer import torch_methods
+    except ImportError:
+        return ["PyTorch is not installed (pip install torch): no peer was measured"]
+    made, notes = torch_methods(config, comms, steps)
+    methods.update(made)
+    return notes

@@ -1,0 +1,133 @@
+"""PyTorch's best forms of the same training step, the peer of ``bench step``."""
+
+import math
+import os
+import socket
+from collections.abc import Callable
+from typing import cast
+
+import torch
+import torch.distributed
+from torch import nn
+from torch.nn import functional
+
+from hiermpi.communication.communicators import Communicators, usable_cores
+from hiermpi.communication.objects import broadcast_object
+from hiermpi.config.schema import Config, ModelConfig
+
+
+class Block(nn.Module):
+    """A pre-norm block on ``scaled_dot_product_attention``."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        width = config.n_embd
+        self.heads = config.n_head
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        batch, length, width = x.shape
+        shape = (batch, length, self.heads, width // self.heads)
+        q, k, v = (part.view(shape).transpose(1, 2) for part in self.qkv(self.norm1(x)).split(width, dim=2))
+        y = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.out(y.transpose(1, 2).reshape(batch, length, width))
+        return x + self.down(functional.gelu(self.up(self.norm2(x)), approximate="tanh"))
+
+
+class Peer(nn.Module):
+    """The same GPT, returning its loss."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(config.vocab_size, config.n_embd)
+        self.positions = nn.Embedding(config.context_length, config.n_embd)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.norm = nn.LayerNorm(config.n_embd)
+        self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        if config.tie_embeddings:
+            self.head.weight = self.tokens.weight
+        for parameter in self.parameters():
+            if parameter.dim() > 1:
+                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * config.n_layer))
+
+    def forward(self, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        x = self.tokens(inputs) + self.positions.weight[: inputs.shape[1]]
+        for block in self.blocks:
+            x = block(x)
+        logits = self.head(self.norm(x))
+        return functional.cross_entropy(logits.view(-1, logits.shape[-1]), targets.view(-1))
+
+
+def torch_methods(config: Config, comms: Communicators, steps: int) -> tuple[dict[str, Callable[[], None]], list[str]]:
+    """The forms that work here, and a line on each that was tried. Collective over the world."""
+    methods: dict[str, Callable[[], None]] = {}
+    notes = [f"PyTorch {torch.__version__}"]
+    cores = min(usable_cores(), os.cpu_count() or 1)
+    share = max(1, config.train.batch_size // comms.size)
+    if comms.size > 1:
+        place = (socket.gethostbyname(socket.gethostname()), free_port()) if comms.rank == 0 else None
+        host, port = broadcast_object(comms.world, place, comms.waiter)
+        torch.distributed.init_process_group(
+            "gloo", init_method=f"tcp://{host}:{port}", rank=comms.rank, world_size=comms.size
+        )
+        parallel = nn.parallel.DistributedDataParallel(Peer(config.model))
+        methods["torch DDP"] = stepping(parallel, config, share, steps, 1)
+        notes.append(f"torch DDP over gloo: {comms.size} processes of 1 thread")
+    for compiled in (False, True):
+        name = "torch compiled" if compiled else "torch"
+        if comms.rank != 0:
+            methods[name] = lambda: None
+            continue
+        model = Peer(config.model)
+        call = stepping(compile_module(model) if compiled else model, config, config.train.batch_size, steps, cores)
+        try:
+            call()
+        except Exception as error:  # noqa: BLE001  (a compiler may be missing; then this form is not a peer)
+            notes.append(f"{name}: not measured ({type(error).__name__})")
+            call = lambda: None  # noqa: E731
+        else:
+            notes.append(f"{name}: one process of {cores} threads")
+        methods[name] = call
+    usable = broadcast_object(
+        comms.world, [note.split(":")[0] for note in notes if "not measured" in note], comms.waiter
+    )
+    return {name: call for name, call in methods.items() if name not in usable}, notes
+
+
+def stepping(model: nn.Module, config: Config, sequences: int, steps: int, threads: int) -> Callable[[], None]:
+    """``steps`` training steps of ``sequences`` sequences with a fused AdamW."""
+    settings = config.optimizer
+    optimizer = torch.optim.AdamW(
+        model.parameters(),
+        lr=settings.learning_rate,
+        betas=(settings.beta1, settings.beta2),
+        weight_decay=settings.weight_decay,
+        fused=True,
+    )
+    shape = (sequences, config.model.context_length)
+    inputs, targets = (torch.randint(config.model.vocab_size, shape) for _ in range(2))
+
+    def some_steps() -> None:
+        torch.set_num_threads(threads)
+        for _ in range(steps):
+            optimizer.zero_grad(set_to_none=True)
+            model(inputs, targets).backward()
+            nn.utils.clip_grad_norm_(model.parameters(), config.train.grad_clip or 1e9)
+            optimizer.step()
+        torch.set_num_threads(1)
+
+    return some_steps
+
+
+def compile_module(model: nn.Module) -> nn.Module:
+    """``model`` through ``torch.compile``."""
+    return cast(nn.Module, torch.compile(model))
+
+
+def free_port() -> int:
+    """A TCP port that nobody uses at this moment."""
+    with socket.socket() as listener:
+        listener.bind(("", 0))
+        return listener.getsockname()[1]

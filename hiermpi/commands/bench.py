@@ -1,0 +1,70 @@
+"""``hiermpi bench``: side-by-side measurements on this machine."""
+
+import argparse
+import json
+import os
+from typing import TYPE_CHECKING, Any
+
+from hiermpi.config.loading import add_config_arguments
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+SUMMARY = "measure kernels, the training step or the reductions, side by side in one run"
+EXAMPLE = """\
+example:
+    hiermpi bench kernels
+    mpirun -n 13 hiermpi bench reduce
+    mpirun -n 2 hiermpi bench step --model.context_length 64 --train.batch_size 12
+
+Methods take turns; medians and quartiles are shown, and ratios. `step` also runs PyTorch where it is installed."""
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the command's flags."""
+    parser.add_argument("what", choices=("reduce", "step", "kernels"))
+    parser.add_argument("--rounds", type=int, default=12, metavar="N", help="turns of each method (default: 12)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    add_config_arguments(parser)
+
+
+def run_together(arguments: argparse.Namespace, world: "MPI.Comm") -> int:
+    """Measure on all ranks; rank 0 prints. Collective over ``world``."""
+    from hiermpi.benchmarks.kernels import bench_kernels
+    from hiermpi.benchmarks.measuring import table
+    from hiermpi.benchmarks.reduce import bench_reduce
+    from hiermpi.benchmarks.step import bench_step
+
+    if arguments.what == "kernels":
+        result: dict[str, Any] = bench_kernels(arguments.rounds) if world.rank == 0 else {}
+    elif arguments.what == "reduce":
+        result = bench_reduce(world, rounds=arguments.rounds)
+    else:
+        result = bench_step(resolved_config(arguments, world), world, arguments.rounds)
+    if world.rank == 0:
+        notes = [*result.get("notes", [])]
+        text = table(result["rows"], result["ratios"], "gflops" if arguments.what == "step" else "")
+        print(json.dumps(result) if arguments.json else "\n".join([text, *notes]))
+    return 0
+
+
+def resolved_config(arguments: argparse.Namespace, world: "MPI.Comm") -> Any:
+    """The configuration, read on rank 0 and the same on every rank. Collective over ``world``."""
+    import dataclasses
+
+    from hiermpi.communication.objects import agree, broadcast_object
+    from hiermpi.communication.waiting import Waiter
+    from hiermpi.errors import UserError
+
+    config, error = None, None
+    if world.rank == 0:
+        from hiermpi.config.loading import load_config
+
+        try:
+            config = load_config(arguments, os.environ)
+            model = dataclasses.replace(config.model, vocab_size=config.model.vocab_size or 256)
+            config = dataclasses.replace(config, model=model)
+        except UserError as caught:
+            error = caught
+    agree(world, error, Waiter())
+    return broadcast_object(world, config, Waiter())
