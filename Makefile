@@ -39,9 +39,10 @@ install: .venv/installed ## environment in .venv, with an MPI in .venv/bin/mpiex
 	@MPI=$(MPI) sh jobs/choose-mpi.sh .venv
 	@touch $@
 
-train: install ## prepare the built-in corpus and train on 13 ranks; again: continue, or say it is done
+train: install ## train on the built-in corpus, 13 ranks, and write some text; again: continue, or say it is done
 	@mkdir -p $(RUNS) && test -f $(RUNS)/stdlib.h5 || $(BIN)/hiermpi prepare stdlib --out $(RUNS)/stdlib.h5
 	$(call MPIRUN,$(RANKS)) $(BIN)/hiermpi train --data $(RUNS)/stdlib.h5 --run $(RUNS)/first --config jobs/first.toml
+	$(BIN)/hiermpi generate $(RUNS)/first --prompt "def " --tokens 300
 
 test: test-serial test-mpi test-smoke ## the whole suite, serial and under mpiexec
 

@@ -15,7 +15,7 @@ from typing import NoReturn
 from hiermpi import __version__
 from hiermpi.errors import EXIT_ERROR, UsageError, UserError
 
-COMMANDS = ("prepare", "train", "evaluate", "plan", "bench", "verify", "info")
+COMMANDS = ("prepare", "train", "evaluate", "generate", "plan", "bench", "verify", "info")
 """One module each in :mod:`hiermpi.commands`; in the order of a user's first day."""
 
 MPI_ALWAYS = frozenset({"train", "bench"})
@@ -30,6 +30,7 @@ Train language models data-parallel on the CPU cores of a cluster, through MPI.
     hiermpi prepare stdlib --out data.h5
     mpirun -n 13 hiermpi train --data data.h5 --run runs/first
     hiermpi evaluate runs/first --data data.h5
+    hiermpi generate runs/first --prompt "def main("
 
 Exit codes: 0 done; 1 error; 2 command line or configuration; 75 stopped early with a checkpoint, run me again.
 """

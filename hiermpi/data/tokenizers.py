@@ -1,6 +1,7 @@
 """Tokenizers: bytes to token ids and back."""
 
 import json
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
@@ -20,7 +21,7 @@ class Tokenizer(Protocol):
     def encode(self, text: bytes) -> NDArray[np.uint32]:
         """Token ids of a UTF-8 text (of any bytes, for ``bytes``). Raises UserError."""
 
-    def decode(self, ids: NDArray[np.integer]) -> bytes:
+    def decode(self, ids: NDArray[np.integer] | Sequence[int]) -> bytes:
         """The text of token ids."""
 
     def to_json(self) -> str:
@@ -36,7 +37,7 @@ class BytesTokenizer:
     def encode(self, text: bytes) -> NDArray[np.uint32]:
         return np.frombuffer(text, np.uint8).astype(np.uint32)
 
-    def decode(self, ids: NDArray[np.integer]) -> bytes:
+    def decode(self, ids: NDArray[np.integer] | Sequence[int]) -> bytes:
         return np.asarray(ids).astype(np.uint8).tobytes()
 
     def to_json(self) -> str:
@@ -66,7 +67,7 @@ class CharsTokenizer:
             raise UserError(f"the character {character!r} is not in the vocabulary: use only what the corpus has")
         return ids.astype(np.uint32)
 
-    def decode(self, ids: NDArray[np.integer]) -> bytes:
+    def decode(self, ids: NDArray[np.integer] | Sequence[int]) -> bytes:
         return "".join(self.characters[i] for i in ids).encode()
 
     def to_json(self) -> str:

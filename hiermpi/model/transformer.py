@@ -172,6 +172,10 @@ class Transformer:
             parts.append(out[:, self.symmetry.row_of_token].reshape(*part.shape, -1))
         return np.concatenate(parts)
 
+    def output_weight(self) -> NDArray:
+        """(V, C) weight of the output layer, in the order of the rows."""
+        return self._head_weight(self.parameters.tensors)
+
     # Parameters from and to the outside.
 
     def initialize(self, seed: int) -> None:

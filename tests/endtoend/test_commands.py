@@ -6,6 +6,7 @@ import sys
 
 import pytest
 from launch import environment, run
+
 from runs import TINY, make_dataset
 
 
@@ -46,6 +47,19 @@ def test_evaluate_agrees_on_any_number_of_ranks(trained):
     for result in results[1:]:
         assert result["tokens"] == results[0]["tokens"]
         assert result["loss"] == pytest.approx(results[0]["loss"], rel=1e-5)
+
+
+def test_generate_writes_text(trained):
+    folder, _ = trained
+    words = ("generate", folder / "run", "--prompt", "def f", "--tokens", 20)
+    first, again = run(*words), run(*words)
+    assert first.returncode == 0, first.stderr
+    assert first.stdout.startswith("def f")
+    assert first.stdout == again.stdout
+    assert run(*words, "--seed", 1).stdout != first.stdout
+    refused = run("generate", folder / "run", "--prompt", "")
+    assert refused.returncode == 2
+    assert "--prompt is empty" in refused.stderr
 
 
 def test_verify_and_version(trained):
@@ -90,7 +104,7 @@ def test_plan_answers_without_mpi(ranks):
 
 def test_help_and_commands_of_one_process_work_without_mpi(trained):
     folder, _ = trained
-    for command in ("prepare", "train", "evaluate", "plan", "verify", "info"):
+    for command in ("prepare", "train", "evaluate", "generate", "plan", "bench", "verify", "info"):
         result = without_mpi4py(command, "--help")
         assert result.returncode == 0, result.stderr
         assert "example:" in result.stdout
