@@ -27,8 +27,10 @@ class Routing(NamedTuple):
     """(B,) rank that computes each sequence."""
     bin: NDArray[np.int64]
     """(B,) group of each sequence; G for the root's own bin."""
+    tokens: int
+    """Tokens in the batch."""
     own_tokens: int
-    """Tokens that are computed in the group of their own symmetry class."""
+    """Those that are computed in the group of their own symmetry class."""
 
 
 class Router:
@@ -58,13 +60,17 @@ class Router:
         self.frequency = weight / max(weight.sum(), 1.0)
         self.loads = np.zeros(topology.n_groups + 1, np.int64)
         """Sequences that each bin has received so far."""
+        self.tokens = 0
+        self.own_tokens = 0
+        """Tokens routed so far, and those of them that met the group of their own symmetry class."""
 
     def route(self, tokens: NDArray[np.int32]) -> Routing:
         """Route the (B, T) token ids of one batch; entries below 0 are padding."""
         n = len(tokens)
         topology = self.topology
         if topology.size == 1:
-            return Routing(np.zeros(n, np.int64), np.zeros(n, np.int64), int((tokens >= 0).sum()))
+            count = int((tokens >= 0).sum())
+            return Routing(np.zeros(n, np.int64), np.zeros(n, np.int64), count, count)
         affinity = self.affinity(tokens)
         units = np.add.reduceat(affinity, np.arange(0, n, self.unit_size), axis=0)
         unit_bin = self._bins(units)
@@ -72,11 +78,13 @@ class Router:
         unit_of = np.arange(n) // self.unit_size
         chosen = unit_bin[unit_of]
         own = np.append(affinity, np.zeros((n, 1), np.int64), axis=1)[np.arange(n), chosen]
-        return Routing(unit_leaf[unit_of], chosen, int(own.sum()))
+        return Routing(unit_leaf[unit_of], chosen, int(affinity.sum()), int(own.sum()))
 
     def record(self, routing: Routing) -> None:
         """Count the batch into :attr:`loads`: called once per committed step."""
         self.loads += np.bincount(routing.bin, minlength=len(self.loads))
+        self.tokens += routing.tokens
+        self.own_tokens += routing.own_tokens
 
     def affinity(self, tokens: NDArray[np.int32]) -> NDArray[np.int64]:
         """(B, G) number of tokens of each group in each sequence."""

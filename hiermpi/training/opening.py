@@ -11,6 +11,7 @@ from hiermpi.config.loading import load_config
 from hiermpi.config.schema import Config, flatten
 from hiermpi.data.sampling import Sampler
 from hiermpi.errors import UsageError
+from hiermpi.model.kernels import load_kernels
 from hiermpi.storage.checkpoint import Checkpoint, load_checkpoint
 from hiermpi.storage.dataset import TokenDataset, open_dataset
 from hiermpi.storage.run_folder import RunFolder
@@ -39,6 +40,10 @@ def open_run(arguments: argparse.Namespace, n_ranks: int) -> OpenedRun:
     """Open the run that the command line names. Raises UserError before anything is changed."""
     config = load_config(arguments, os.environ)
     refuse_unavailable(config)
+    load_kernels()  # refuses a HIERMPI_KERNELS that this machine does not have
+    cores = os.cpu_count() or 1
+    if config.run.threads_per_rank > cores:
+        raise UsageError(f"run.threads_per_rank = {config.run.threads_per_rank}, but this node has {cores} cores")
     if config.run.min_ranks > n_ranks:
         raise UsageError(f"run.min_ranks = {config.run.min_ranks}, but there are {n_ranks} ranks: start more")
     dataset = open_dataset(arguments.data)

@@ -119,6 +119,23 @@ def write_error_to(run: str) -> ErrorSink:
     return sink
 
 
+def limit_threads(threads: int, comms: Communicators) -> None:
+    """Give this rank's BLAS its threads; warn where the ranks of the node then have more than its cores."""
+    if threads > 1:
+        from threadpoolctl import threadpool_limits
+
+        threadpool_limits(threads, user_api="blas")
+        cores = os.cpu_count() or 1
+        if comms.rank == 0 and comms.node.size * threads > cores:
+            logger.warning(
+                "%d ranks of %d threads share the %d cores of this node: start fewer ranks, or lower "
+                "run.threads_per_rank",
+                comms.node.size,
+                threads,
+                cores,
+            )
+
+
 class Session:
     """Everything a rank holds during a run. Its constructor and methods are collective over the hierarchy.
 
@@ -134,6 +151,7 @@ class Session:
         self.opened = opened
         self.config = config = start.config
         size = ParameterLayout(transformer_specs(config.model)).size
+        limit_threads(config.run.threads_per_rank, comms)
         self.reduction = make_reduction(config.hierarchy.reduction, comms, size)
         self.phases = Phases(comms.rank, comms.waiter, start.faults)
         self.progress = Progress(start.step, start.cursor, start.skipped)
@@ -224,7 +242,11 @@ class Session:
         lines = self._result_lines(recorder.last_loss, stopped, evaluation)
         lines += ["", *phase_table(records)]
         computes_on_root = self.comms.topology.is_leaf(0)
-        lines += load_lines(self.trainer.source.router.loads.tolist(), computes_on_root)
+        router = self.trainer.source.router
+        lines += load_lines(router.loads.tolist(), computes_on_root)
+        if self.comms.size > 1:
+            share, uniform = router.own_tokens / max(router.tokens, 1), 1 / self.comms.topology.n_groups
+            lines.append(f"{'own-group tokens':20}{share:.1%} (uniform: {uniform:.1%})")
         lines += ["", f"{'checkpoint':20}{saver.finish()}"]
         if stopped:
             folder.clear_stop()

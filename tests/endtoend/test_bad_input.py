@@ -42,6 +42,7 @@ def train(data, folder, *options):
         (("--hierarchy.reproducible", "true"), ("hierarchy.reproducible = true", "false")),
         (("--optimizer.placement", "sharded"), ("optimizer.placement = sharded", "root")),
         (("--run.min_ranks", "9"), ("run.min_ranks = 9", "3 ranks")),
+        (("--run.threads_per_rank", "999"), ("run.threads_per_rank = 999", "cores")),
     ],
 )
 def test_wrong_settings(data, tmp_path, options, words):

@@ -87,6 +87,7 @@ def test_loads_are_counted():
     router.record(routing)
     router.record(routing)
     assert router.loads.tolist() == [10] + [0] * 12
+    assert (router.tokens, router.own_tokens) == (40, 40)
 
 
 def test_leaves_in_turn_differ_by_at_most_one():
