@@ -10,7 +10,7 @@ from hiermpi.model.parameters import ParameterLayout
 from hiermpi.model.transformer import activation_bytes, transformer_specs
 
 PROCESS_BYTES = 50_000_000
-"""Interpreter, numpy and MPI of one rank (measured; see README)."""
+"""Interpreter, numpy and MPI of one rank, about."""
 
 
 def plan(topology: Topology, config: Config, vocab_size: int) -> dict[str, Any]:

@@ -29,7 +29,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--resume",
         default="auto",
         metavar="auto|none|PATH",
-        help="auto: go on from the newest whole checkpoint of the run; none: refuse to; PATH: from this checkpoint",
+        help="auto (default): go on from the newest whole checkpoint of the run; none: start again from step 0; "
+        "PATH: from this checkpoint. What the run has beyond that is set aside, not deleted",
     )
     add_config_arguments(parser)
 

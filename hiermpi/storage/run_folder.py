@@ -56,6 +56,13 @@ class RunFolder:
             kept = [row for row in _rows(self.metrics) if row["step"] <= step]
             self._write(self.metrics, lines(kept))
 
+    def set_aside_after(self, step: int) -> None:
+        """Rename what the run has beyond ``step``: newer checkpoints, and the metrics as they were (a copy stays)."""
+        self.checkpoints.set_aside_after(step)
+        if self.metrics.exists():
+            aside = self.metrics.with_name(self.metrics.name + ".superseded")
+            self._write(aside, self.metrics.read_text(encoding="utf-8"))
+
     def write_ranks(self, records: Iterable[Mapping[str, Any]]) -> None:
         """Write ranks.jsonl."""
         self._write(self.path / "ranks.jsonl", lines(records))

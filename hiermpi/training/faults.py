@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from hiermpi.errors import UsageError
 
 VARIABLE = "HIERMPI_FAULT"
+PHASES = ("batch", "scatter", "compute", "reduce", "optimize", "broadcast", "commit", "evaluate", "checkpoint")
+"""In the order of a step. Only the root has work in ``batch``, ``optimize`` and ``checkpoint``."""
 KINDS = ("raise", "kill", "exit", "freeze", "hang", "slow", "signal", "nan")
 
 
@@ -70,6 +72,9 @@ def _parse(text: str) -> Fault:
         )
     except ValueError:
         values = {"?": ""}
-    if values or kind not in KINDS:
-        raise UsageError(f'{VARIABLE}: "{text}" is not KIND:rank=R:step=S:phase=P with KIND one of {", ".join(KINDS)}')
+    if values or kind not in KINDS or fault.phase not in PHASES:
+        raise UsageError(
+            f'{VARIABLE}: "{text}" is not KIND:rank=R:step=S:phase=P with KIND one of {", ".join(KINDS)} '
+            f"and P one of {', '.join(PHASES)}"
+        )
     return fault

@@ -32,6 +32,8 @@ class OpenedRun:
     folder: RunFolder
     checkpoint: Checkpoint | None
     """Where to go on from; None starts afresh."""
+    goes_back: bool
+    """The user asked for an earlier state: what the run has beyond it is set aside."""
     finished: bool
     """The run is already done, there is nothing to do."""
 
@@ -54,7 +56,7 @@ def open_run(arguments: argparse.Namespace, n_ranks: int) -> OpenedRun:
     if checkpoint is not None:
         require_same_run(config, dataset, checkpoint)
     done = checkpoint is not None and folder.is_done() and checkpoint.step >= config.train.steps
-    return OpenedRun(config, dataset, folder, checkpoint, done)
+    return OpenedRun(config, dataset, folder, checkpoint, arguments.resume != "auto", done)
 
 
 def refuse_unavailable(config: Config) -> None:
@@ -94,19 +96,13 @@ def fit_to_data(config: Config, dataset: TokenDataset) -> Config:
 
 
 def find_checkpoint(folder: RunFolder, resume: str) -> Checkpoint | None:
-    """The checkpoint that ``--resume`` asks for. Raises UserError where it is missing, damaged or in the way."""
-    existing = folder.checkpoints.newest_valid() if resume != "none" else None
-    if resume == "auto":
-        return existing[1] if existing else None
+    """The checkpoint that ``--resume`` asks for. Raises UserError where it is missing or damaged."""
     if resume == "none":
-        if folder.checkpoints.list():
-            raise UsageError(
-                f"{folder.path} already holds checkpoints: leave out --resume none to go on, or name another --run"
-            )
         return None
-    checkpoint = load_checkpoint(Path(resume))
-    folder.checkpoints.set_aside_after(checkpoint.step)
-    return checkpoint
+    if resume == "auto":
+        newest = folder.checkpoints.newest_valid()
+        return newest[1] if newest else None
+    return load_checkpoint(Path(resume))
 
 
 def require_same_run(config: Config, dataset: TokenDataset, checkpoint: Checkpoint) -> None:

@@ -5,10 +5,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from hiermpi.communication.waiting import Waiter
-from hiermpi.training.faults import Fault
-
-PHASES = ("batch", "scatter", "compute", "reduce", "optimize", "broadcast", "commit", "evaluate", "checkpoint")
-"""In the order of a step. ``batch`` and ``checkpoint`` are the root's alone."""
+from hiermpi.training.faults import PHASES, Fault
 
 
 class Phases:

@@ -338,6 +338,8 @@ class Session:
         folder.clear_done()
         folder.clear_stop()
         folder.write_config(config_to_toml(config))
+        if self.opened.goes_back:
+            folder.set_aside_after(self.progress.step)
         folder.truncate_metrics(self.progress.step)
         recorder = Recorder(folder, config, self.progress.step, self.phases)
         saver = Saver(folder, config, self.opened.dataset, self.model, self.optimizer, self.progress)

@@ -6,7 +6,7 @@ from typing import Any
 from hiermpi.communication.communicators import Communicators
 from hiermpi.communication.objects import gather_objects
 from hiermpi.hierarchy.topology import Role
-from hiermpi.training.phases import PHASES
+from hiermpi.training.faults import PHASES
 from hiermpi.training.trainer import Trainer
 
 

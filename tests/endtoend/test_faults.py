@@ -4,10 +4,10 @@ import time
 
 import pytest
 from launch import run
-from runs import TINY, make_dataset
 
 from hiermpi.errors import UsageError
 from hiermpi.training.faults import parse_faults
+from runs import TINY, make_dataset
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +74,6 @@ def test_faults_are_parsed_strictly():
         ("kill", 4, 7, "reduce"),
         ("nan", 0, 1, "compute"),
     ]
-    for text in ("melt", "kill:rank=x", "kill:colour=3", "kill:rank"):
+    for text in ("melt", "kill:rank=x", "kill:colour=3", "kill:rank", "kill:phase=lunch"):
         with pytest.raises(UsageError, match="KIND:rank=R"):
             parse_faults({"HIERMPI_FAULT": text})

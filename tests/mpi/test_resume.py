@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from collective import collective_assert
 from mpi4py import MPI
-from runs import TINY, last_checkpoint, losses, make_dataset, train_on
 
 from hiermpi.communication.waiting import Waiter
 from hiermpi.errors import EXIT_STOPPED, UsageError
 from hiermpi.storage.run_folder import RunFolder
+from runs import TINY, last_checkpoint, losses, make_dataset, train_on
 
 pytestmark = [pytest.mark.mpi, pytest.mark.timeout(300)]
 
@@ -117,7 +117,6 @@ def test_done_runs_say_so_and_reopen(world, folder):
         (("--model.n_layer", "3"), "model.n_layer = 3, but the run was started with 2"),
         (("--train.batch_size", "25"), "train.batch_size = 25, but the run was started with 24"),
         (("--train.seed", "1"), "train.seed = 1, but the run was started with 1337"),
-        (("--resume", "none"), "already holds checkpoints"),
     ],
 )
 def test_another_run_is_refused_on_every_rank(world, folder, flags, sentence):
@@ -143,6 +142,18 @@ def test_resume_from_a_named_checkpoint(world, folder):
     path = run / "checkpoints" / "step-00000005.h5"
     assert train_on(world, data, run, *OPTIONS, "--resume", path) == 0
     require_same_bits(world, run, folder / "whole")
+    aside = run / "checkpoints" / "step-00000020.h5.superseded"
+    collective_assert(world, aside.exists(), "the checkpoint beyond the resumed step is gone")
+
+
+def test_start_again_in_the_same_folder(world, folder):
+    run = folder / "whole"
+    options = (*OPTIONS, "--resume", "none", "--train.steps", "3")
+    before = losses(run) if world.rank == 0 else []
+    assert train_on(world, folder / "data.h5", run, *options) == 0
+    good = world.rank or (losses(run) == before[:3] and last_checkpoint(run).step == 3)
+    collective_assert(world, good)
+    collective_assert(world, (run / "metrics.jsonl.superseded").exists())
 
 
 def test_a_nan_is_skipped_and_named(world, folder):
