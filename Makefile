@@ -16,7 +16,7 @@ ifeq ($(shell id -u),0)
 export OMPI_ALLOW_RUN_AS_ROOT := 1
 export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM := 1
 endif
-OVERSUBSCRIBE := PRTE_MCA_rmaps_default_mapping_policy=:oversubscribe
+OVERSUBSCRIBE := PRTE_MCA_rmaps_default_mapping_policy=:oversubscribe OMPI_MCA_rmaps_base_oversubscribe=1
 MPIRUN = env $(if $(shell [ $(1) -gt $$(nproc) ] && echo more),$(OVERSUBSCRIBE)) $(MPIEXEC) -n $(1)
 
 .DEFAULT_GOAL := help

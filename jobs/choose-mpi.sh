@@ -7,9 +7,12 @@ set -eu
 venv=$1
 choice=${MPI:-auto}
 
-works() { # LAUNCHER: does it start two ranks that know of each other?
-    env PRTE_MCA_rmaps_default_mapping_policy=:oversubscribe timeout 60 "$1" -n 2 "$venv/bin/python" -c \
-        'from mpi4py import MPI; raise SystemExit(MPI.COMM_WORLD.size != 2)' >/dev/null 2>&1
+works() { # LAUNCHER: is its library found without it, and does it start two ranks that know of each other?
+    "$venv/bin/python" -c 'import mpi4py; mpi4py.rc.initialize = False; from mpi4py import MPI' >/dev/null 2>&1 &&
+        env OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 \
+            PRTE_MCA_rmaps_default_mapping_policy=:oversubscribe OMPI_MCA_rmaps_base_oversubscribe=1 \
+            timeout 60 "$1" -n 2 "$venv/bin/python" -c \
+            'from mpi4py import MPI; raise SystemExit(MPI.COMM_WORLD.size != 2)' >/dev/null 2>&1
 }
 
 use_system() {
