@@ -85,7 +85,7 @@ def make_trainer(config: Config, comms: Communicators, kernels: Kernels) -> Trai
     )
 
 
-def bench_step(config: Config, world: MPI.Comm, rounds: int = 12, steps: int = 3) -> dict[str, Any]:
+def bench_step(config: Config, world: MPI.Comm, rounds: int = 12, steps: int = 3, peers: bool = True) -> dict[str, Any]:
     """Rows per method (seconds per step), ratios of the others' medians to ours. Collective over ``world``.
 
     Args:
@@ -93,6 +93,7 @@ def bench_step(config: Config, world: MPI.Comm, rounds: int = 12, steps: int = 3
         world: the ranks.
         rounds: turns of each method.
         steps: per turn.
+        peers: whether to measure PyTorch.
     """
     comms = Communicators(world, config.model.symmetry_order, config.hierarchy.coordinators)
     trainers = {"hiermpi": make_trainer(config, comms, load_kernels())}
@@ -108,7 +109,7 @@ def bench_step(config: Config, world: MPI.Comm, rounds: int = 12, steps: int = 3
 
     methods: dict[str, Callable[[], None]] = {name: stepping(trainer) for name, trainer in trainers.items()}
     methods["sgemm"] = _sgemm(config, comms, steps)
-    notes = _add_peers(methods, config, comms, steps)
+    notes = _add_peers(methods, config, comms, steps) if peers else ["no peer was asked for"]
     barrier = lambda: comms.waiter.wait(comms.world.Ibarrier())  # noqa: E731
     seconds = interleaved(methods, rounds, barrier)
     tokens = config.train.batch_size * config.model.context_length
@@ -126,10 +127,10 @@ def bench_step(config: Config, world: MPI.Comm, rounds: int = 12, steps: int = 3
     medians = {entry["method"]: entry["median_s"] for entry in rows}
     ours = medians["hiermpi"]
     ratios = {f"{name} / hiermpi": median / ours for name, median in medians.items() if name != "hiermpi"}
-    peers = {name: median for name, median in medians.items() if name.startswith("torch")}
-    if peers:
-        best = min(peers, key=lambda name: peers[name])
-        ratios[f"best of PyTorch ({best}) / hiermpi"] = peers[best] / ours
+    torches = {name: median for name, median in medians.items() if name.startswith("torch")}
+    if torches:
+        best = min(torches, key=lambda name: torches[name])
+        ratios[f"best of PyTorch ({best}) / hiermpi"] = torches[best] / ours
     phases = trainers["hiermpi"].phases
     for trainer in trainers.values():
         trainer.reduction.free()

@@ -24,6 +24,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Add the command's flags."""
     parser.add_argument("what", choices=("reduce", "step", "kernels"))
     parser.add_argument("--rounds", type=int, default=12, metavar="N", help="turns of each method (default: 12)")
+    parser.add_argument(
+        "--largest", type=int, default=10**7, metavar="N", help="most floats that reduce sums (default: 10000000)"
+    )
+    parser.add_argument(
+        "--peer", choices=("torch", "none"), default="torch", help="what step is compared with (default: torch)"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     add_config_arguments(parser)
 
@@ -38,9 +44,9 @@ def run_together(arguments: argparse.Namespace, world: "MPI.Comm") -> int:
     if arguments.what == "kernels":
         result: dict[str, Any] = bench_kernels(arguments.rounds) if world.rank == 0 else {}
     elif arguments.what == "reduce":
-        result = bench_reduce(world, rounds=arguments.rounds)
+        result = bench_reduce(world, arguments.largest, arguments.rounds)
     else:
-        result = bench_step(resolved_config(arguments, world), world, arguments.rounds)
+        result = bench_step(resolved_config(arguments, world), world, arguments.rounds, peers=arguments.peer == "torch")
     if world.rank == 0:
         notes = [*result.get("notes", [])]
         text = table(result["rows"], result["ratios"], "gflops" if arguments.what == "step" else "")

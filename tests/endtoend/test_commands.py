@@ -120,6 +120,25 @@ def test_info_tells_the_library():
         assert word in result.stdout
 
 
+@pytest.mark.parametrize(
+    ("what", "ranks", "options", "methods"),
+    [
+        ("kernels", 0, (), {"norm_forward nano numpy"}),
+        ("reduce", 3, ("--largest", 1000), {"tree", "shared", "flat", "Allreduce", "Reduce + Bcast"}),
+        ("step", 2, (*TINY, "--peer", "none"), {"hiermpi", "sgemm"}),
+    ],
+)
+def test_bench_measures(what, ranks, options, methods):
+    result = run("bench", what, "--rounds", 2, "--json", *options, ranks=ranks)
+    assert result.returncode == 0, result.stderr
+    measured = json.loads(result.stdout)
+    assert methods <= {entry["method"] for entry in measured["rows"]}
+    for entry in measured["rows"]:
+        assert {"method", "ranks", "n", "median_s", "q1_s", "q3_s"} <= entry.keys()
+        assert 0 < entry["q1_s"] <= entry["median_s"] <= entry["q3_s"]
+    assert measured["ratios"]
+
+
 def test_help_under_mpiexec_is_printed_once():
     result = run("train", "--help", ranks=3)
     assert result.returncode == 0
