@@ -37,7 +37,7 @@ def row(method: str, ranks: int, n: int, seconds: Sequence[float], **more: Any) 
         seconds: of each call.
         more: further keys.
     """
-    q1, median, q3 = statistics.quantiles(seconds, n=4) if len(seconds) > 1 else [seconds[0]] * 3
+    q1, median, q3 = statistics.quantiles(seconds, n=4, method="inclusive") if len(seconds) > 1 else [seconds[0]] * 3
     return {"method": method, "ranks": ranks, "n": n, "median_s": median, "q1_s": q1, "q3_s": q3, **more}
 
 
