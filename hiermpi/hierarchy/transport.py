@@ -1,11 +1,17 @@
-"""The transportation problem of routing, solved exactly: units to few bins with capacities, greatest total affinity.
+"""The transportation problem of routing, solved exactly: units to few bins with capacities.
 
-Slack becomes dummy units of no affinity, so that every bin is exactly full and prices may have either sign. An
-assignment is optimal when each unit sits in a bin of greatest ``affinity - price`` (complementary slackness). The
-first phase finds good prices by coordinate descent on the dual, one order statistic per bin; units then take their
-best bin, which leaves some bins too full. The second phase repairs that by successive shortest paths between bins,
-an edge being the cheapest move of a unit, and adjusts the prices so that the condition above holds throughout
-(Ahuja, Magnanti, Orlin, Network Flows, 1993, sections 9.7 and 12.4). Integer arithmetic; no randomness.
+Capacity beyond the number of units is taken by idle units, all alike and without affinity, so that every bin
+is exactly full in the end. The method is that of successive shortest paths (Ahuja, Magnanti and Orlin,
+Network Flows, 1993, sections 9.3 and 9.7):
+
+1. Given any prices, each unit takes the bin of its greatest ``affinity - price``. By complementary slackness
+   this is optimal for the loads that it happens to give: no cycle of moves between bins gains anything.
+2. While a bin is too full, units move along a shortest path from such a bin to one with room; the edge from
+   bin i to bin j is the least loss of affinity for which a unit now in i moves to j. A shortest path leaves
+   no cycle that gains. Once all loads fit, the absence of such cycles is the optimality of the assignment.
+
+So the prices decide only how many paths are needed. They come from a sample of the units, solved in the same
+way, and a round of coordinate descent on the dual. All of it is integer arithmetic, without randomness.
 """
 
 from itertools import pairwise
@@ -15,126 +21,156 @@ from numpy.typing import NDArray
 
 Integers = NDArray[np.int64]
 
-DESCENT_ROUNDS = 40
+SAMPLING = 4
+"""Units for each one in the sample that prices come from."""
+NEVER = 1 << 60
+"""Loss of a move that is not there; the sum of two is still an int64."""
 
 
 def assign(affinity: Integers, capacity: Integers) -> NDArray[np.intp]:
     """Bin of each unit, maximising the total affinity with no bin above its capacity.
 
     Args:
-        affinity: (n, bins) integers, at least 0.
-        capacity: (bins,) integers, at least 0.
+        affinity: (n, bins) what each unit is worth in each bin (tokens), integers of at least 0.
+        capacity: (bins,) units that each bin may hold, integers of at least 0.
 
     Returns:
-        (n,) bin of each unit; a pure function of the arguments.
+        (n,) bin of each unit, a pure function of the arguments.
 
     Raises:
         ValueError: the capacities do not hold all units.
     """
-    n, bins = affinity.shape
+    n = len(affinity)
     room = int(capacity.sum())
     if room < n:
         raise ValueError(f"{n} units do not fit into a capacity of {room}")
     if n == 0:
         return np.zeros(0, np.intp)
-    # (bins, units), so that a bin's column is contiguous.
-    gain = np.zeros((bins, room), np.int64)
-    gain[:, :n] = affinity.T
-    place = _Repair(gain, np.asarray(capacity, np.int64), _descend(gain, capacity)).run()
-    return place[:n]
+    return _solve(affinity, np.minimum(capacity, n)).place
 
 
-def _descend(gain: Integers, capacity: Integers) -> Integers:
-    """(bins,) prices under which about ``capacity`` units prefer each bin."""
-    bins = len(gain)
+def _solve(affinity: Integers, capacity: Integers) -> "_Assignment":
+    """The best assignment of one unit or more; arguments as in :func:`assign`, no capacity above n."""
+    n, bins = affinity.shape
     prices = np.zeros(bins, np.int64)
-    if bins == 1:
-        return prices
-    net = gain.copy()
-    for _ in range(DESCENT_ROUNDS):
-        before = prices.copy()
-        for g in range(bins):
-            others = np.delete(net, g, axis=0).max(axis=0)
-            prices[g] = _clearing_price(gain[g] - others, int(capacity[g]))
-            np.subtract(gain[g], prices[g], out=net[g])
-        if np.array_equal(before, prices):
-            break
-    return prices
+    size = n // SAMPLING
+    if size > 0:
+        # Steps of the golden ratio: an even sample, which no period in the order of the units can bias.
+        sample = np.arange(size) * 2654435769 % 2**32 * n >> 32
+        share = np.diff(capacity.cumsum() * size // n, prepend=0)
+        prices = _solve(affinity[sample], share).prices()
+        _descend(affinity, capacity, prices)
+    assignment = _Assignment(affinity, capacity, prices)
+    assignment.balance()
+    return assignment
 
 
-def _clearing_price(margin: Integers, capacity: int) -> int:
-    """A price that ``capacity`` of the margins are not below, and the rest not above."""
-    n = len(margin)
-    if capacity in (0, n):
-        return int(margin.max()) + 1 if capacity == 0 else int(margin.min())
-    ordered = np.partition(margin, (n - capacity - 1, n - capacity))
-    return int(ordered[n - capacity - 1] + ordered[n - capacity]) // 2
+def _descend(affinity: Integers, capacity: Integers, prices: Integers) -> None:
+    """Set each of the prices in turn so that as many units prefer its bin as the bin may hold."""
+    n, bins = affinity.shape
+    idle = int(capacity.sum()) - n
+    net = affinity - prices
+    for bin_ in range(bins):
+        if 0 < capacity[bin_] < n:
+            net[:, bin_] = -NEVER
+            margin = affinity[:, bin_] - net.max(axis=1)
+            idle_margin = int(np.delete(prices, bin_).min())
+            prices[bin_] = _clearing_price(margin, int(capacity[bin_]), idle, idle_margin)
+            net[:, bin_] = affinity[:, bin_] - prices[bin_]
 
 
-class _Repair:
-    """Successive shortest paths from bins that are too full to bins with room."""
+def _clearing_price(margin: Integers, capacity: int, idle: int, idle_margin: int) -> int:
+    """The ``capacity``-th largest of the units' (n,) margins and ``idle`` copies of ``idle_margin``."""
+    lowest = len(margin) - capacity
+    if idle >= capacity:
+        return max(idle_margin, int(np.partition(margin, lowest)[lowest]))
+    highest = lowest + idle
+    ordered = np.partition(margin, (lowest, highest))
+    return min(max(idle_margin, int(ordered[lowest])), int(ordered[highest]))
 
-    def __init__(self, gain: Integers, capacity: Integers, prices: Integers) -> None:
-        self.gain = gain
+
+class _Assignment:
+    """Units and idle units in bins, so that no cycle of moves between bins gains.
+
+    Args:
+        affinity: (n, bins) what each unit is worth in each bin.
+        capacity: (bins,) units that each bin may hold.
+        prices: (bins,) under which the units choose their bins, whatever the loads.
+    """
+
+    def __init__(self, affinity: Integers, capacity: Integers, prices: Integers) -> None:
+        bins = len(capacity)
+        self.affinity = affinity
         self.capacity = capacity
-        self.prices = prices
-        bins = len(gain)
-        self.place = np.asarray((gain - prices[:, None]).argmax(axis=0))
+        self.place: NDArray[np.intp] = (affinity - prices).argmax(axis=1)
+        """(n,) bin of each unit."""
         self.load = np.bincount(self.place, minlength=bins)
-        self.cost = np.full((bins, bins), np.iinfo(np.int64).max // 4)
-        """Gain lost by the cheapest move of a unit from one bin to another, prices not counted."""
+        """(bins,) units in each bin, without the idle."""
+        self.idle = self._place_idle(prices)
+        """(bins,) idle units in each bin."""
+        self.loss = np.empty((bins, bins), np.int64)
+        """Least loss of affinity for which a unit, idle or not, moves from one bin to another."""
         for bin_ in range(bins):
-            self._refresh(bin_)
+            self._update_loss(bin_)
 
-    def run(self) -> NDArray[np.intp]:
-        """(room,) bin of each unit, no bin above its capacity."""
-        while (self.load > self.capacity).any():
-            path, distance = self._shortest_path()
-            self.prices -= np.minimum(distance, distance[path[-1]])
-            self._move_along(path)
-        return self.place
-
-    def _refresh(self, bin_: int) -> None:
-        units = np.flatnonzero(self.place == bin_)
-        if len(units):
-            self.cost[bin_] = (self.gain[bin_, units] - self.gain[:, units]).min(axis=1)
-        else:
-            self.cost[bin_] = np.iinfo(np.int64).max // 4
-
-    def _shortest_path(self) -> tuple[list[int], Integers]:
-        """Bins from one that is too full to the nearest with room, and every bin's distance (Dijkstra)."""
-        bins = len(self.load)
-        reduced = self.cost - self.prices[:, None] + self.prices[None, :]
-        far = np.iinfo(np.int64).max // 2
-        distance = np.where(self.load > self.capacity, 0, far)
-        parent = np.full(bins, -1)
-        done = np.zeros(bins, bool)
+    def balance(self) -> None:
+        """Move units until no bin is above its capacity; each path takes at least one from a bin that is."""
         while True:
-            here = int(np.where(done, far + 1, distance).argmin())
-            if self.load[here] < self.capacity[here]:
-                break
-            done[here] = True
-            through = distance[here] + reduced[here]
-            better = (through < distance) & ~done
-            distance[better] = through[better]
-            parent[better] = here
-        path = [here]
-        while parent[path[0]] >= 0:
-            path.insert(0, int(parent[path[0]]))
-        return path, np.where(done, distance, distance[here])
+            excess = self.load + self.idle - self.capacity
+            if not (excess > 0).any():
+                return
+            _, previous = self._shortest_paths(np.where(excess > 0, 0, NEVER))
+            path = [int(excess.argmin())]
+            while previous[path[0]] >= 0:
+                path.insert(0, int(previous[path[0]]))
+            self._move(path, int(min(excess[path[0]], -excess[path[-1]])))
 
-    def _move_along(self, path: list[int]) -> None:
-        """Move as many units along the path as are tied for its cost."""
-        amount = min(self.load[path[0]] - self.capacity[path[0]], self.capacity[path[-1]] - self.load[path[-1]])
+    def prices(self) -> Integers:
+        """(bins,) prices under which every unit is in a bin that it prefers: the dual solution."""
+        distance, _ = self._shortest_paths(np.zeros(len(self.capacity), np.int64))
+        return -distance
+
+    def _place_idle(self, prices: Integers) -> Integers:
+        """Idle units prefer the cheapest bins: they fill the room there, and one of these takes the rest."""
+        count = self.capacity.sum() - len(self.place)
+        room = np.where(prices == prices.min(), np.maximum(self.capacity - self.load, 0), 0)
+        filled = np.minimum(room.cumsum(), count)
+        idle: Integers = np.diff(filled, prepend=0)
+        idle[prices.argmin()] += count - filled[-1]
+        return idle
+
+    def _update_loss(self, bin_: int) -> None:
+        inside = self.affinity.take(np.flatnonzero(self.place == bin_), axis=0)
+        loss = (inside[:, [bin_]] - inside).min(axis=0, initial=NEVER)
+        self.loss[bin_] = np.minimum(loss, 0) if self.idle[bin_] else loss
+
+    def _shortest_paths(self, distance: Integers) -> tuple[Integers, NDArray[np.intp]]:
+        """Distance of each bin, from those given at first, and the bin before it or -1 (Bellman-Ford)."""
+        previous = np.full(len(distance), -1)
+        while True:
+            through = distance[:, None] + self.loss
+            shorter = through.min(axis=0)
+            better = shorter < distance
+            if not better.any():
+                return distance, previous
+            previous = np.where(better, through.argmin(axis=0), previous)
+            distance = np.minimum(distance, shorter)
+
+    def _move(self, path: list[int], amount: int) -> None:
+        """Move units along the path: as many as are tied for the loss of every edge, up to ``amount``."""
         moves = []
         for source, target in pairwise(path):
             units = np.flatnonzero(self.place == source)
-            tied = units[self.gain[source, units] - self.gain[target, units] == self.cost[source, target]]
-            moves.append((tied, target))
-            amount = min(amount, len(tied))
-        for tied, target in moves:
-            self.place[tied[:amount]] = target
-        self.load[path[0]] -= amount
-        self.load[path[-1]] += amount
+            loss = self.loss[source, target]
+            tied = units[self.affinity[units, source] - self.affinity[units, target] == loss]
+            idle = int(self.idle[source]) if loss == 0 else 0
+            moves.append((source, target, tied, idle))
+            amount = min(amount, len(tied) + idle)
+        for source, target, tied, idle in moves:
+            moved_idle = min(idle, amount)
+            moved = tied[: amount - moved_idle]
+            self.place[moved] = target
+            self.load[[source, target]] += -len(moved), len(moved)
+            self.idle[[source, target]] += -moved_idle, moved_idle
         for bin_ in path:
-            self._refresh(bin_)
+            self._update_loss(bin_)
