@@ -69,19 +69,16 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
 
 
 def checkpoint_image(checkpoint: Checkpoint) -> memoryview:
-    """The checkpoint's file, built in memory. Raises UserError where a parameter is not finite."""
+    """The checkpoint's file, built in memory. Raises UserError where a value is not finite."""
     return build_image(KIND, filler(checkpoint))
 
 
 def filler(checkpoint: Checkpoint) -> Fill:
-    """What puts a checkpoint into an HDF5 file. Raises UserError where a parameter is not finite."""
-    for name, tensor in checkpoint.parameters.items():
-        if not np.isfinite(tensor).all():
-            raise UserError(f"step {checkpoint.step} is not saved: {name} holds a value that is not finite")
+    """What puts a checkpoint into an HDF5 file. Raises UserError where a value is not finite."""
+    require_loadable(checkpoint)
 
     def fill(file: h5py.File) -> None:
-        groups = {"parameters": checkpoint.parameters, "optimizer/m": checkpoint.m, "optimizer/v": checkpoint.v}
-        for group, tensors in groups.items():
+        for group, tensors in groups_of(checkpoint).items():
             for name, tensor in tensors.items():
                 file.create_dataset(f"{group}/{name}", data=tensor)
         for name in ("cursor", "seed", "adam_count", "skipped_steps", "loss", "tokenizer", "dataset_sha256"):
@@ -92,9 +89,33 @@ def filler(checkpoint: Checkpoint) -> Fill:
     return fill
 
 
+def require_loadable(checkpoint: Checkpoint) -> None:
+    """Refuse to save what :func:`load_checkpoint` would refuse: older, loadable checkpoints would give way to it.
+
+    Raises UserError where a value is not finite, ValueError where names, shapes or types are wrong.
+    """
+    shapes = {name: tensor.shape for name, tensor in checkpoint.parameters.items()}
+    for group, tensors in groups_of(checkpoint).items():
+        if {name: tensor.shape for name, tensor in tensors.items()} != shapes:
+            raise ValueError(f"the names or shapes of {group} are not those of the parameters")
+        for name, tensor in tensors.items():
+            if tensor.dtype != np.float32 or "/" in name or not name.isprintable():
+                raise ValueError(f"{group}/{name!r} of {tensor.dtype} cannot be stored")
+            if not np.isfinite(tensor).all():
+                raise UserError(
+                    f"step {checkpoint.step} is not saved: {group}/{name} holds a value that is not finite: "
+                    "go on from the last checkpoint with a lower optimizer.learning_rate or train.grad_clip"
+                )
+
+
+def groups_of(checkpoint: Checkpoint) -> dict[str, Tensors]:
+    """The tensors by their group in the file."""
+    return {"parameters": checkpoint.parameters, "optimizer/m": checkpoint.m, "optimizer/v": checkpoint.v}
+
+
 def data_bytes(checkpoint: Checkpoint) -> int:
     """Bytes of the tensors."""
-    return sum(t.nbytes for group in (checkpoint.parameters, checkpoint.m, checkpoint.v) for t in group.values())
+    return sum(tensor.nbytes for tensors in groups_of(checkpoint).values() for tensor in tensors.values())
 
 
 def load_checkpoint(path: Path, with_moments: bool = True) -> Checkpoint:
@@ -165,7 +186,7 @@ class CheckpointFolder:
         if not self.path.is_dir():
             return []
         with told(self.path, "read"):
-            found = [(FILE_NAME.fullmatch(path.name), path) for path in self.path.iterdir()]
+            found = [(FILE_NAME.fullmatch(path.name), path) for path in self.path.iterdir() if path.is_file()]
         return sorted(((int(match[1]), path) for match, path in found if match), reverse=True)
 
     def newest_valid(self, with_moments: bool = True) -> tuple[Path, Checkpoint] | None:
@@ -201,10 +222,10 @@ class CheckpointFolder:
     def retain(self, keep_last: int, keep_every: int) -> None:
         """Delete all but the newest ``keep_last`` checkpoints and those of multiples of ``keep_every``.
 
-        Nothing is deleted unless the newest one is found whole on disk.
+        Nothing is deleted unless the newest one is found whole on disk, and that one never.
         """
         entries = self.list()
-        surplus = [path for step, path in entries[keep_last:] if not (keep_every and step % keep_every == 0)]
+        surplus = [path for step, path in entries[max(1, keep_last) :] if not (keep_every and step % keep_every == 0)]
         if not surplus:
             return
         try:

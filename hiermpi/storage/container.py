@@ -6,8 +6,10 @@ only proves that a file is what its writer made, readers go by an allow-list: wh
 """
 
 import contextlib
+import errno
 import hashlib
 import io
+import math
 import os
 import struct
 from collections.abc import Callable, Iterator
@@ -144,18 +146,34 @@ class AllocatedFile:
 def open_container(path: Path, kind: str) -> "Iterator[Reader]":
     """A reader of the container at ``path``, of which every byte is as written. Raises UserError, DamagedFile."""
     with contextlib.ExitStack() as stack:
-        stack.enter_context(told(path, "read"))
-        raw = stack.enter_context(open_file(path))
-        header = read_header(raw, path)
-        if header.kind != kind:
-            raise DamagedFile(f"{path} is a {header.kind}, not a {kind}: name a {kind}")
-        yield Reader(stack.enter_context(_open_checked(raw, header, path)), path, header.sha256.hex())
+        with reading(path):
+            raw = stack.enter_context(open_file(path))
+            header = read_header(raw, path)
+            if header.kind != kind:
+                raise DamagedFile(f"{path} is a {header.kind}, not a {kind}: name a {kind}")
+            file = _open_checked(raw, header, path)
+        stack.callback(_close, file)
+        yield Reader(file, path, header.sha256.hex())
+
+
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turn an OSError of the body into a UserError, or into a DamagedFile where the disk cannot read its sectors."""
+    with told(path, "read"):
+        try:
+            yield
+        except OSError as error:
+            if error.errno == errno.EIO:
+                raise DamagedFile(f"{path} is damaged: {error.strerror}: take another copy") from None
+            raise
 
 
 def open_file(path: Path) -> io.FileIO:
-    """A regular file, opened for reading."""
+    """A regular file, opened for reading. Raises UserError, OSError."""
     if path.is_dir():
         raise UserError(f"{path} is a folder: name a file")
+    if path.exists() and not path.is_file():  # to open a pipe is to wait for its writer
+        raise UserError(f"{path} is not a regular file: name a file")
     return open(path, "rb", buffering=0)
 
 
@@ -184,29 +202,43 @@ def read_header(raw: io.FileIO, path: Path) -> Header:
 
 def verify(path: Path) -> Header:
     """The header of a container of which every byte is as written. Raises UserError, DamagedFile."""
-    with told(path, "read"), open_file(path) as raw:
+    with reading(path), open_file(path) as raw:
         header = read_header(raw, path)
         _require_digest(_digest_of(raw, header.length), header, path)
     return header
 
 
 def _open_checked(raw: io.FileIO, header: Header, path: Path) -> h5py.File:
+    source: io.BytesIO | io.FileIO = raw
     if header.length <= IN_MEMORY_LIMIT:
         # One read: what is checked is what is opened.
-        image = bytearray(USER_BLOCK + header.length)
-        raw.seek(0)
-        view, filled = memoryview(image), 0
-        while filled < len(image) and (count := raw.readinto(view[filled:])):
-            filled += count
-        _require_digest(hashlib.sha256(view[USER_BLOCK:]).digest(), header, path)
-        source: io.IOBase = io.BytesIO(image)
+        source = image = _image_of(raw, USER_BLOCK + header.length)
+        with image.getbuffer() as view:
+            _require_digest(hashlib.sha256(view[USER_BLOCK:]).digest(), header, path)
     else:
         _require_digest(_digest_of(raw, header.length), header, path)
-        source = raw
     try:
         return h5py.File(source, "r")
     except Exception:  # noqa: BLE001  (whatever HDF5 thinks of it)
         raise DamagedFile(f"{path} is not valid HDF5 behind its user block: make it again") from None
+
+
+def _close(file: h5py.File) -> None:
+    with contextlib.suppress(Exception):  # a malformed file may not even close; nothing was written to it
+        file.close()
+
+
+def _image_of(raw: io.FileIO, size: int) -> io.BytesIO:
+    """The first ``size`` bytes of a file; zeros where it has become shorter."""
+    image = io.BytesIO()
+    image.seek(size - 1)
+    image.write(b"\0")
+    raw.seek(0)
+    with image.getbuffer() as view:
+        filled = 0
+        while filled < size and (count := raw.readinto(view[filled:])):
+            filled += count
+    return image
 
 
 def _digest_of(raw: io.FileIO, length: int) -> bytes:
@@ -230,6 +262,9 @@ def _require_digest(found: bytes, header: Header, path: Path) -> None:
 class Reader:
     """Reads what is expected from an open container, and refuses the rest. Raises DamagedFile.
 
+    Whatever HDF5 raises over a malformed file becomes a refusal, and all datasets together may not be larger than
+    the file, so that no file makes its reader allocate more than its own size.
+
     Args:
         file: open.
         path: of the file, for messages.
@@ -240,7 +275,7 @@ class Reader:
         self.file = file
         self.path = path
         self.sha256 = sha256
-        self._limit = file.id.get_filesize()
+        self._left = file.id.get_filesize()
 
     def refuse(self, what: str) -> DamagedFile:
         """The error that says ``what`` is wrong with the content."""
@@ -248,36 +283,48 @@ class Reader:
 
     def names(self, group: str) -> list[str]:
         """Names in ``group``, all of them hard links."""
-        node = self._node(group)
-        if not isinstance(node, h5py.Group):
-            raise self.refuse(f"/{group} is not a group")
-        names = list(node)
-        for name in names:
-            self._require_hard_link(node, name, f"{group}/{name}")
-        return names
+        with self._asking(f"/{group}"):
+            node = self._node(group)
+            if not isinstance(node, h5py.Group):
+                raise self.refuse(f"/{group} is not a group")
+            names = list(node)
+            for name in names:
+                if not name.isprintable():
+                    raise self.refuse(f"/{group} has an entry with the name {name!r}")
+                self._require_hard_link(node, name, f"{group}/{name}")
+            return names
 
     def dataset(self, name: str, dtypes: tuple[str, ...], ndim: int | None = None) -> h5py.Dataset:
         """The dataset ``name``: plain numbers of one of ``dtypes``, stored in this very file, unfiltered."""
-        node = self._node(name)
-        if not isinstance(node, h5py.Dataset):
-            raise self.refuse(f"/{name} is not a dataset")
-        plan = node.id.get_create_plist()
-        layouts = (h5py.h5d.CONTIGUOUS, h5py.h5d.CHUNKED, h5py.h5d.COMPACT)
-        if plan.get_layout() not in layouts or plan.get_external_count() or plan.get_nfilters():
-            raise self.refuse(f"/{name} is stored in a way that hiermpi does not write")
-        if node.id.get_type().get_class() not in (h5py.h5t.INTEGER, h5py.h5t.FLOAT) or node.dtype.name not in dtypes:
-            raise self.refuse(f"/{name} holds {node.dtype}, expected {' or '.join(dtypes)}")
-        if node.shape is None or (ndim is not None and node.ndim != ndim) or node.nbytes > self._limit:
-            raise self.refuse(f"/{name} has the shape {node.shape}, which does not fit the file")
-        return node
+        with self._asking(f"/{name}"):
+            node = self._node(name)
+            if not isinstance(node, h5py.Dataset):
+                raise self.refuse(f"/{name} is not a dataset")
+            plan = node.id.get_create_plist()
+            layouts = (h5py.h5d.CONTIGUOUS, h5py.h5d.CHUNKED, h5py.h5d.COMPACT)
+            if plan.get_layout() not in layouts or plan.get_external_count() or plan.get_nfilters():
+                raise self.refuse(f"/{name} is stored in a way that hiermpi does not write")
+            stored = node.id.get_type()
+            if not any(stored.equal(h5py.h5t.py_create(np.dtype(dtype))) for dtype in dtypes):
+                raise self.refuse(f"/{name} holds {stored.dtype}, expected {' or '.join(dtypes)}")
+            if node.shape is None or (ndim is not None and node.ndim != ndim):
+                raise self.refuse(f"/{name} has the shape {node.shape}")
+            self._spend(name, math.prod(node.shape), math.prod(node.chunks or (0,)), stored.get_size())
+            return node
+
+    def block(self, node: h5py.Dataset, start: int, stop: int) -> NDArray[Any]:
+        """Entries ``start`` to ``stop`` of a dataset of :meth:`dataset`."""
+        with self._asking(node.name):
+            return node[start:stop]
 
     def array(self, name: str, dtypes: tuple[str, ...], ndim: int | None = None) -> NDArray[Any]:
         """The dataset ``name``, read."""
         node = self.dataset(name, dtypes, ndim)
-        values = np.empty(node.shape, node.dtype)
-        if values.size:
-            node.read_direct(values)
-        return values
+        with self._asking(f"/{name}"):
+            values = np.empty(node.shape, node.dtype)
+            if values.size:
+                node.read_direct(values)
+            return values
 
     def text(self, name: str) -> str:
         """A text attribute of the root."""
@@ -301,18 +348,30 @@ class Reader:
         return float(value)
 
     def _attribute(self, name: str) -> Any:
-        if name not in self.file.attrs:
-            raise self.refuse(f"the attribute {name} is missing")
-        entry = self.file.attrs.get_id(name)
-        kinds = (h5py.h5t.STRING, h5py.h5t.INTEGER, h5py.h5t.FLOAT)
-        if entry.shape != () or entry.get_type().get_class() not in kinds:
-            raise self.refuse(f"the attribute {name} has an unexpected type")
-        if entry.get_storage_size() > LARGEST_ATTRIBUTE:
-            raise self.refuse(f"the attribute {name} is too large")
-        try:
+        with self._asking(f"the attribute {name}"):
+            if name not in self.file.attrs:
+                raise self.refuse(f"the attribute {name} is missing")
+            entry = self.file.attrs.get_id(name)
+            kinds = (h5py.h5t.STRING, h5py.h5t.INTEGER, h5py.h5t.FLOAT)
+            if entry.shape != () or entry.get_type().get_class() not in kinds:
+                raise self.refuse(f"the attribute {name} has an unexpected type")
+            if entry.get_storage_size() > LARGEST_ATTRIBUTE:
+                raise self.refuse(f"the attribute {name} is too large")
             return self.file.attrs[name]
-        except (OSError, UnicodeDecodeError, ValueError):
-            raise self.refuse(f"the attribute {name} cannot be read") from None
+
+    @contextlib.contextmanager
+    def _asking(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except (DamagedFile, MemoryError):
+            raise
+        except Exception:  # noqa: BLE001  (h5py raises KeyError, RuntimeError, OSError, ValueError, ...)
+            raise self.refuse(f"{what} cannot be read") from None
+
+    def _spend(self, name: str, n_values: int, chunk: int, value_bytes: int) -> None:
+        if max(n_values, chunk) * value_bytes > self._left:
+            raise self.refuse(f"/{name} says that it is larger than the file has room for")
+        self._left -= n_values * value_bytes
 
     def _node(self, name: str) -> h5py.Group | h5py.Dataset:
         node: Any = self.file

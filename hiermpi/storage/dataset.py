@@ -81,7 +81,7 @@ class TokenDataset:
         self.path = path
         self._stack = ExitStack()
         try:
-            reader = self._stack.enter_context(open_container(path, "dataset"))
+            reader = self._reader = self._stack.enter_context(open_container(path, "dataset"))
             self.sha256 = reader.sha256
             self.vocab_size = reader.integer("vocab_size")
             self.symmetry_order = reader.integer("symmetry_order")
@@ -95,8 +95,8 @@ class TokenDataset:
             self._tokens: dict[str, NDArray | h5py.Dataset] = {
                 split: reader.dataset(f"{split}/tokens", ("uint16", "uint32"), 1) for split in SPLITS
             }
-            self._check(reader)
             self._keep_small_splits()
+            self._check(reader)
         except BaseException:
             self._stack.close()
             raise
@@ -109,13 +109,16 @@ class TokenDataset:
         """(len(starts), length) token ids of ``split`` from each of ``starts`` on."""
         tokens = self._tokens[split]
         if isinstance(tokens, np.ndarray):
-            return tokens[starts[:, None] + np.arange(length)].astype(np.int32)
-        rows = [tokens[start : start + length] for start in starts]
+            return np.lib.stride_tricks.sliding_window_view(tokens, length)[starts].astype(np.int32)
+        rows = [self._block(tokens, start, start + length) for start in starts]
         return np.array(rows, np.int32).reshape(len(starts), length)
 
     def close(self) -> None:
         """Close the file."""
         self._stack.close()
+
+    def _block(self, tokens: NDArray | h5py.Dataset, start: int, stop: int) -> NDArray:
+        return tokens[start:stop] if isinstance(tokens, np.ndarray) else self._reader.block(tokens, start, stop)
 
     def _check(self, reader: Reader) -> None:
         size = self.vocab_size
@@ -125,11 +128,15 @@ class TokenDataset:
             raise reader.refuse(f"/symmetry_group and /counts must have vocab_size = {size} entries")
         if (self.symmetry_group >= self.symmetry_order).any() or (self.counts < 0).any():
             raise reader.refuse("/symmetry_group or /counts has an entry out of range")
-        if tokenizer_from_json(self.tokenizer).vocab_size != size:
+        try:
+            tokenizer = tokenizer_from_json(self.tokenizer)
+        except DamagedFile as error:
+            raise DamagedFile(f"{self.path}: {error}") from None
+        if tokenizer.vocab_size != size:
             raise reader.refuse(f"the tokenizer does not have vocab_size = {size} tokens")
         for split, tokens in self._tokens.items():
             for start in range(0, len(tokens), BLOCK):
-                block = tokens[start : start + BLOCK]
+                block = self._block(tokens, start, start + BLOCK)
                 if len(block) and block.max() >= size:
                     offset = int((block >= size).argmax())
                     raise DamagedFile(
@@ -140,7 +147,7 @@ class TokenDataset:
     def _keep_small_splits(self) -> None:
         for split, tokens in self._tokens.items():
             if tokens.nbytes <= IN_MEMORY_LIMIT:
-                self._tokens[split] = tokens[:]
+                self._tokens[split] = self._reader.block(tokens, 0, len(tokens))
         if all(isinstance(tokens, np.ndarray) for tokens in self._tokens.values()):
             self._stack.close()
 

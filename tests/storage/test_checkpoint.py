@@ -53,25 +53,43 @@ def test_round_trip_built_and_streamed(tmp_path, monkeypatch, limit):
     assert load_checkpoint(tmp_path / "a.h5", with_moments=False).m == {}
 
 
-def test_what_is_not_finite_is_neither_saved_nor_loaded(tmp_path, monkeypatch):
+@pytest.mark.parametrize("group", ["parameters", "m", "v"])
+def test_what_is_not_finite_is_not_saved(tmp_path, group):
     bad = make()
-    bad.parameters["wte.weight"][2, 1] = np.nan
-    with pytest.raises(UserError, match=r"wte\.weight"):
+    getattr(bad, group)["wte.weight"][2, 1] = np.nan
+    with pytest.raises(UserError, match=r"wte\.weight holds a value that is not finite"):
         save_checkpoint(tmp_path / "a.h5", bad)
     assert not list(tmp_path.iterdir())
+
+
+def test_what_is_not_finite_is_not_loaded(tmp_path, monkeypatch):
     bad = make()
     bad.v["wte.weight"][0, 0] = np.inf
+    monkeypatch.setattr(module, "require_loadable", lambda _: None)
     save_checkpoint(tmp_path / "a.h5", bad)
     with pytest.raises(DamagedFile, match=r"optimizer/v/wte\.weight"):
         load_checkpoint(tmp_path / "a.h5")
 
 
-def test_moments_must_match_parameters(tmp_path):
+def test_moments_must_match_parameters(tmp_path, monkeypatch):
     bad = make()
     bad.m["wte.weight"] = np.zeros((4, 3), np.float32)
+    with pytest.raises(ValueError, match="optimizer/m"):
+        save_checkpoint(tmp_path / "a.h5", bad)
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(module, "require_loadable", lambda _: None)
     save_checkpoint(tmp_path / "a.h5", bad)
     with pytest.raises(DamagedFile, match="/optimizer/m does not match"):
         load_checkpoint(tmp_path / "a.h5")
+
+
+def test_tensors_that_could_not_be_loaded_are_not_saved(tmp_path):
+    ones = np.ones(3, np.float32)
+    for name, tensor in (("a/b", ones), ("wte", ones.astype(np.float64)), ("line\nbreak", ones)):
+        bad = make()
+        bad.parameters = bad.m = bad.v = {name: tensor}
+        with pytest.raises(ValueError, match="cannot be stored"):
+            save_checkpoint(tmp_path / "a.h5", bad)
 
 
 def folder_with(tmp_path, steps):

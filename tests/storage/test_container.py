@@ -1,9 +1,11 @@
 """A container is whole or refused: every byte counts, and a right digest proves nothing about the content."""
 
+import contextlib
 import errno
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import h5py
 import numpy as np
@@ -149,6 +151,18 @@ def wrong_rank(file):
     file["a/values"] = VALUES[None]
 
 
+def wrong_byte_order(file):
+    file["a/values"] = VALUES.astype(">f4")
+
+
+def enormous_chunk(file):
+    file.create_dataset("a/values", (7,), "f4", chunks=(1 << 28,), maxshape=(None,))
+
+
+def no_shape(file):
+    file["a/values"] = h5py.Empty("f4")
+
+
 def a_group(file):
     file.create_group("a/values")
 
@@ -165,6 +179,9 @@ def a_group(file):
         variable_length,
         wrong_type,
         wrong_rank,
+        wrong_byte_order,
+        enormous_chunk,
+        no_shape,
         a_group,
     ],
 )
@@ -174,6 +191,62 @@ def test_content_that_hiermpi_does_not_write_is_refused(path, trick):
     with open_container(path, "dataset") as reader, pytest.raises(DamagedFile) as caught:
         reader.array("a/values", ("float32",), 1)
     assert str(path) in str(caught.value)
+
+
+def test_one_stored_value_cannot_be_asked_for_again_and_again(path):
+    """Hard links to one dataset cost nothing in the file, and would cost its size each in memory."""
+
+    def fill(file):
+        file["a/0"] = np.zeros(1000, np.float32)
+        for index in range(1, 100):
+            file[f"a/{index}"] = file["a/0"]
+
+    write_image(path, build_image("dataset", fill))
+    with open_container(path, "dataset") as reader, pytest.raises(DamagedFile, match="larger than the file"):
+        for name in reader.names("a"):
+            reader.array(f"a/{name}", ("float32",), 1)
+
+
+def test_unprintable_names_are_refused(path):
+    write_image(path, build_image("dataset", lambda file: file.create_dataset("a/x\x1b[2J", data=VALUES)))
+    with open_container(path, "dataset") as reader, pytest.raises(DamagedFile, match="entry with the name"):
+        reader.names("a")
+
+
+def test_hdf5_that_is_broken_inside_is_refused(path):
+    """A right digest over broken structures: whatever HDF5 raises, one sentence comes out, and it never crashes."""
+    import hashlib
+
+    good = path.read_bytes()
+    rng = np.random.default_rng(5)
+    for _ in range(300):
+        body = bytearray(good[USER_BLOCK:])
+        for place in rng.integers(0, len(body), 3):
+            body[place] = rng.integers(256)
+        path.write_bytes(make_header("dataset", len(body), hashlib.sha256(body).digest()) + bytes(body))
+        with contextlib.suppress(DamagedFile):
+            read(path)
+
+
+def test_pipes_and_devices_are_refused_without_opening_them(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    for special in (pipe, Path("/dev/zero")):
+        for ask in (read, verify):
+            with pytest.raises(UserError, match="is not a regular file"):
+                ask(special)
+
+
+def test_a_disk_that_cannot_read_is_damage(path, monkeypatch):
+    """So that the checkpoint before it is tried."""
+
+    def failing(*arguments):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(container, "read_header", failing)
+    for ask in (read, verify):
+        with pytest.raises(DamagedFile, match="Input/output error"):
+            ask(path)
 
 
 def test_attributes_are_checked(path):
