@@ -1,6 +1,7 @@
 """Progress of long work: a live bar on a terminal, plain lines in a batch log. Always on stderr.
 
-``mpirun`` gives its ranks pipes, so a rank asks where its launcher's stderr goes (Linux's /proc tells).
+``mpirun`` gives its ranks pipes and passes on whole lines only, so a rank asks where its launcher's stderr goes
+(Linux's /proc tells) and draws on that terminal itself.
 ``HIERMPI_PROGRESS=bar|lines`` decides by hand.
 """
 
@@ -123,5 +124,9 @@ def make_bar(device: str, in_bytes: bool) -> "Progress | None":
         TextColumn("{task.fields[note]}"),
         TimeRemainingColumn(),
     ]
-    console = Console(stderr=True, force_terminal=True, width=terminal_width(device))
+    try:
+        file = sys.stderr if device == "-" else open(device, "w", encoding="utf-8")  # noqa: SIM115  (until the end)
+    except OSError:
+        return None
+    console = Console(file=file, force_terminal=True, width=terminal_width(device))
     return Progress(*columns, console=console, redirect_stdout=False, redirect_stderr=True, transient=True)

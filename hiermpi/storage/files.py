@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -39,7 +40,36 @@ def write_whole(path: Path, write: Callable[[int], None]) -> None:
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
             raise
-        sync_folder(path.parent)
+        sync(path.parent)
+
+
+@contextlib.contextmanager
+def whole_path(path: Path) -> Iterator[Path]:
+    """A temporary path beside ``path``, for a file or a folder; what the body makes there takes its place.
+
+    Any failure leaves the old one as it was. Raises OSError.
+    """
+    temporary = path.with_name(f".{path.name}{TEMPORARY_SUFFIX}-{os.getpid()}")
+    aside = path.with_name(f".{path.name}.old-{os.getpid()}")
+    try:
+        yield temporary
+        for made in [*temporary.rglob("*"), temporary] if temporary.is_dir() else [temporary]:
+            sync(made)
+        if path.is_dir() and any(path.iterdir()):
+            path.rename(aside)
+        try:
+            temporary.rename(path)
+        except OSError:
+            if aside.exists():
+                aside.rename(path)
+            raise
+        sync(path.parent)
+    finally:
+        for leftover in (temporary, aside):
+            if leftover.is_dir():
+                shutil.rmtree(leftover, ignore_errors=True)
+            else:
+                leftover.unlink(missing_ok=True)
 
 
 def write_bytes(descriptor: int, data: bytes | memoryview) -> None:
@@ -49,9 +79,9 @@ def write_bytes(descriptor: int, data: bytes | memoryview) -> None:
         rest = rest[os.write(descriptor, rest) :]
 
 
-def sync_folder(folder: Path) -> None:
-    """Have the folder's entries on disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Have a file's bytes, or a folder's entries, on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
