@@ -38,7 +38,7 @@ def write_npz(path: Path, model: Exchanged) -> None:
 def read_npz(path: Path) -> Exchanged:
     """The model at ``path``. Raises UserError."""
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:  # np.load leaves it open on errors
             arrays = {name: file[name] for name in file.files}
     except (OSError, ValueError, zipfile.BadZipFile, EOFError, KeyError) as error:
         reason = " ".join(str(error).split())[:200]

@@ -53,7 +53,10 @@ def whole_path(path: Path) -> Iterator[Path]:
     aside = path.with_name(f".{path.name}.old-{os.getpid()}")
     try:
         yield temporary
+        umask = os.umask(0)
+        os.umask(umask)
         for made in [*temporary.rglob("*"), temporary] if temporary.is_dir() else [temporary]:
+            made.chmod((0o777 if made.is_dir() else 0o666) & ~umask)  # some libraries write for the owner only
             sync(made)
         if path.is_dir() and any(path.iterdir()):
             path.rename(aside)
