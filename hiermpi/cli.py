@@ -9,6 +9,7 @@ import importlib
 import keyword
 import logging
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from types import ModuleType
@@ -146,6 +147,7 @@ class LevelFormatter(logging.Formatter):
 
 def run_alone(argv: Sequence[str]) -> int:
     """Run a command in this process only; return its exit code."""
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that temporary files are removed
     if launched_rank() > 0:  # started by a launcher for a command that one process does
         return 0
     try:

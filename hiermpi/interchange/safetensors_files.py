@@ -22,10 +22,7 @@ def load_library() -> Any:
 def save_tensors(path: Path, tensors: Mapping[str, NDArray], metadata: Mapping[str, str]) -> None:
     """Write ``tensors``. Raises UserError, OSError."""
     library = load_library()
-    try:
-        library.numpy.save_file({n: np.ascontiguousarray(t) for n, t in tensors.items()}, path, dict(metadata))
-    except library.SafetensorError as error:
-        raise UserError(f"cannot write {path}: {error}") from None
+    path.write_bytes(library.numpy.save({n: np.ascontiguousarray(t) for n, t in tensors.items()}, dict(metadata)))
 
 
 def load_tensors(path: Path) -> tuple[dict[str, NDArray], dict[str, str]]:

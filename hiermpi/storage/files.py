@@ -1,6 +1,7 @@
 """Files that are whole or absent, and errors of the file system in one sentence."""
 
 import contextlib
+import errno
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -9,6 +10,11 @@ from pathlib import Path
 from hiermpi.errors import UserError
 
 TEMPORARY_SUFFIX = ".writing"
+ADVICE = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), ": free some there, or name another place"),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), ": name a place that you may use"),
+    errno.ENOENT: ": name one that exists",
+}
 
 
 @contextlib.contextmanager
@@ -17,7 +23,8 @@ def told(path: Path, doing: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(f"cannot {doing} {path}: {error.strerror or error}") from None
+        advice = ADVICE.get(error.errno or 0, "")
+        raise UserError(f"cannot {doing} {path}: {error.strerror or error}{advice}") from None
 
 
 def write_whole(path: Path, write: Callable[[int], None]) -> None:
