@@ -24,6 +24,7 @@ from hiermpi.data.sampling import Sampler
 from hiermpi.errors import EXIT_DONE, EXIT_STOPPED
 from hiermpi.hierarchy.routing import Router
 from hiermpi.hierarchy.symmetry import symmetry_groups
+from hiermpi.model.kernels import load_kernels
 from hiermpi.model.parameters import ParameterLayout
 from hiermpi.model.transformer import Transformer, transformer_specs
 from hiermpi.optimizer.optimizer import Optimizer, OptimizerSettings
@@ -126,6 +127,7 @@ def limit_threads(threads: int, comms: Communicators) -> None:
         from threadpoolctl import threadpool_limits
 
         threadpool_limits(threads, user_api="blas")
+        load_kernels().own_products = False  # they know one thread
         cores = os.cpu_count() or 1
         if comms.rank == 0 and comms.node.size * threads > cores:
             logger.warning(
