@@ -1,0 +1,160 @@
+"""A private SLURM on this machine: a controller and four emulated nodes in a temporary folder.
+
+Each node is a slurmd with a host name of its own (a UTS namespace), as MPI and PMIx tell nodes apart by their names.
+Needs root, and Debian's slurm-wlm with libpmix installed before a slurmd starts.
+"""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+NODES = 4
+CPUS = 4
+
+CONFIGURATION = """\
+ClusterName=private
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={port}
+SlurmUser=root
+SlurmdUser=root
+AuthType=auth/none
+CredType=cred/none
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool-%n
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd-%n.pid
+SlurmctldLogFile={folder}/slurmctld.log
+SlurmdLogFile={folder}/slurmd-%n.log
+TmpFS={folder}/tmp-%n
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+MpiDefault=none
+ReturnToService=2
+SwitchType=switch/none
+SlurmdTimeout=10
+KillWait=2
+MailProg=/bin/true
+SlurmdParameters=config_overrides
+SlurmctldParameters=preempt_send_user_signal
+SchedulerParameters=batch_sched_delay=0,sched_min_interval=0,sched_interval=5
+{nodes}
+PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+"""
+
+
+def free_ports(n):
+    """Ports that nobody listens on."""
+    sockets = [socket.socket() for _ in range(n)]
+    for entry in sockets:
+        entry.bind(("127.0.0.1", 0))
+    ports = [entry.getsockname()[1] for entry in sockets]
+    for entry in sockets:
+        entry.close()
+    return ports
+
+
+def wait_until(condition, seconds, what):
+    """Poll until ``condition`` gives something true; that."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        value = condition()
+        if value:
+            return value
+        time.sleep(0.1)
+    raise AssertionError(f"{what}: not within {seconds} s")
+
+
+class Cluster:
+    """The daemons and the questions to them.
+
+    Args:
+        folder: empty; everything of the cluster lies in it.
+    """
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.names = [f"node{i}" for i in range(NODES)]
+        self.environment = {**os.environ, "SLURM_CONF": str(folder / "slurm.conf")}
+
+    def start(self):
+        """Start the daemons and wait for the nodes."""
+        ports = free_ports(NODES + 1)
+        nodes = [
+            f"NodeName={name} NodeAddr=127.0.0.1 Port={port} CPUs={CPUS} RealMemory=1000 State=UNKNOWN"
+            for name, port in zip(self.names, ports[1:], strict=True)
+        ]
+        text = CONFIGURATION.format(
+            host=socket.gethostname().split(".")[0], port=ports[0], folder=self.folder, nodes="\n".join(nodes)
+        )
+        (self.folder / "slurm.conf").write_text(text)
+        (self.folder / "state").mkdir()
+        self.ask("slurmctld")
+        for name in self.names:
+            (self.folder / f"tmp-{name}").mkdir()
+            self.ask("unshare", "--uts", "sh", "-c", f"hostname {name} && exec slurmd -N {name}")
+        wait_until(lambda: self.ask("sinfo", "-h", "-o", "%T %D").split() == ["idle", str(NODES)], 20, "nodes are up")
+
+    def stop(self):
+        """End every job and every daemon."""
+        self.ask("scancel", "--user=root", check=False)
+        try:
+            wait_until(lambda: not self.ask("squeue", "-h", check=False), 15, "all jobs have ended")
+        finally:
+            for file in [*self.folder.glob("slurmd-*.pid"), self.folder / "slurmctld.pid"]:
+                stop_daemon(file)
+
+    def ask(self, *words, check=True):
+        """What a command of SLURM prints."""
+        result = subprocess.run(
+            words, env=self.environment, capture_output=True, text=True, timeout=30, check=False
+        )
+        assert not check or result.returncode == 0, f"{words}: {result.stdout}{result.stderr}"
+        return result.stdout.strip()
+
+    def submit(self, script, *options, environment, arguments=()):
+        """Submit a job script; the job's number."""
+        words = ["sbatch", "--parsable", *options, str(script), *map(str, arguments)]
+        result = subprocess.run(
+            words, env={**self.environment, **environment}, capture_output=True, text=True, timeout=30, check=False
+        )
+        assert result.returncode == 0, result.stderr
+        return result.stdout.strip()
+
+    def job(self, number):
+        """The fields of a job."""
+        return dict(re.findall(r"(\w+)=(\S*)", self.ask("scontrol", "show", "--oneliner", "job", number)))
+
+    def start_again_now(self, number):
+        """Start a requeued job at once: SLURM would wait two minutes. Its old steps must be gone from the nodes."""
+        wait_until(lambda: not list(self.folder.glob(f"spool-*/*{number}.*")), 20, "the job's old steps have ended")
+        self.ask("scontrol", "update", f"JobId={number}", "StartTime=now")
+
+    def wait_for(self, number, *states, seconds=60):
+        """Wait until a job is in one of the states; its fields."""
+
+        def arrived():
+            job = self.job(number)
+            return job if job["JobState"] in states else None
+
+        return wait_until(arrived, seconds, f"job {number} {' or '.join(states)}, not {self.job(number)['JobState']}")
+
+
+def stop_daemon(pid_file, seconds=10):
+    """End the daemon that wrote a pid file, and wait until it is gone."""
+    if not pid_file.exists():
+        return
+    pid = int(pid_file.read_text())
+    for number, patience in ((signal.SIGTERM, seconds), (signal.SIGKILL, seconds)):
+        try:
+            os.kill(pid, number)
+        except ProcessLookupError:
+            return
+        deadline = time.monotonic() + patience
+        while time.monotonic() < deadline and Path(f"/proc/{pid}").exists():
+            time.sleep(0.05)

@@ -1,0 +1,139 @@
+"""The scripts of jobs/ under a private SLURM, as a user submits them."""
+
+import collections
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from launch import QUIET_MPI
+from private_slurm import Cluster, wait_until
+
+from hiermpi.storage.checkpoint import load_checkpoint
+from runs import TINY, make_dataset
+
+ROOT = Path(__file__).resolve().parents[2]
+SRUN = ROOT / "jobs" / "slurm-srun.sh"
+MPIRUN = ROOT / "jobs" / "slurm-mpirun.sh"
+TWO_NODES = ("--nodes=2", "--ntasks-per-node=2", "--time=10")
+OPTIONS = (*TINY, "--model.dropout", "0.1")
+SLOW = ",".join(f"slow:step={step}:seconds=0.15:phase=batch" for step in range(1, 15))
+ENDED = ("COMPLETED", "FAILED", "CANCELLED", "NODE_FAIL", "TIMEOUT")
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    with tempfile.TemporaryDirectory(prefix="slurm-") as folder:
+        cluster = Cluster(Path(folder))
+        try:
+            cluster.start()
+            yield cluster
+        finally:
+            cluster.stop()
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return make_dataset(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture
+def submit(cluster, data, tmp_path):
+    """Submit a script to train in a run folder of its own; the job's number and the run folder."""
+
+    def submit(script, *options, arguments=OPTIONS, **environment):
+        run = tmp_path / "run"
+        variables = {**QUIET_MPI, "VENV": str(Path(sys.prefix)), "DATA": str(data), "RUN": str(run), **environment}
+        output = f"--output={tmp_path}/%x-%j.out"
+        return cluster.submit(script, output, *options, environment=variables, arguments=arguments), run
+
+    yield submit
+    for file in tmp_path.glob("*.out"):
+        print(file.read_text())  # shown where the test fails
+
+
+def hosts(run):
+    """Number of ranks by host."""
+    return collections.Counter(json.loads(line)["host"] for line in (run / "ranks.jsonl").read_text().splitlines())
+
+
+def parameters(run):
+    """Of the newest checkpoint."""
+    return load_checkpoint(max((run / "checkpoints").glob("step-*.h5"))).parameters
+
+
+def assert_same(run, expected):
+    found = parameters(run)
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert np.array_equal(found[name], tensor), name
+
+
+def steps_done(run):
+    metrics = run / "metrics.jsonl"
+    return metrics.read_text().count("\n") if metrics.exists() else 0
+
+
+def test_srun_on_four_nodes(cluster, submit):
+    job, run = submit(SRUN, "--nodes=4", "--ntasks-per-node=2", "--time=10")
+    assert cluster.wait_for(job, *ENDED)["JobState"] == "COMPLETED"
+    assert (run / "DONE").exists()
+    assert hosts(run) == dict.fromkeys(cluster.names, 2)
+
+
+@pytest.fixture(scope="module")
+def whole(cluster, data, tmp_path_factory):
+    """A run that nobody stops: its parameters, ranks by host, and job."""
+    folder = tmp_path_factory.mktemp("whole")
+    variables = {**QUIET_MPI, "VENV": sys.prefix, "DATA": str(data), "RUN": str(folder / "run")}
+    job = cluster.submit(MPIRUN, f"--output={folder}/out", *TWO_NODES, environment=variables, arguments=OPTIONS)
+    state = cluster.wait_for(job, *ENDED)["JobState"]
+    assert state == "COMPLETED", (folder / "out").read_text()
+    return folder / "run"
+
+
+def test_mpirun_on_two_nodes(whole):
+    assert (whole / "DONE").exists()
+    assert sorted(hosts(whole).values()) == [2, 2]
+
+
+@pytest.mark.parametrize("script", [MPIRUN, SRUN], ids=["mpirun", "srun"])
+def test_stop_requeue_and_go_on_bit_for_bit(cluster, submit, whole, script):
+    job, run = submit(script, *TWO_NODES, HIERMPI_FAULT=SLOW)
+    wait_until(lambda: steps_done(run) >= 3, 30, "three steps")
+    cluster.ask("scancel", "--signal=USR1", "--batch", job)
+    assert cluster.wait_for(job, "PENDING", *ENDED)["JobState"] == "PENDING"
+    stopped_at = max((run / "checkpoints").glob("step-*.h5")).name
+    assert not (run / "DONE").exists()
+    assert "step-00000003.h5" <= stopped_at < "step-00000020.h5"
+    cluster.start_again_now(job)
+    ended = cluster.wait_for(job, *ENDED)
+    assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1")
+    assert (run / "DONE").exists()
+    assert_same(run, parameters(whole))
+
+
+def test_a_wrong_command_line_is_not_requeued(cluster, submit):
+    job, _ = submit(MPIRUN, *TWO_NODES, arguments=("--train.stepz", "5"))
+    ended = cluster.wait_for(job, *ENDED)
+    assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("FAILED", "2:0", "0")
+
+
+def test_tasks_of_an_array_have_their_own_run_folders(cluster, submit):
+    job, run = submit(SRUN, *TWO_NODES, "--array=0-1", FLAGS="--train.seed 7%a")
+    for task in ("0", "1"):
+        assert cluster.wait_for(f"{job}_{task}", *ENDED)["JobState"] == "COMPLETED"
+        folder = Path(f"{run}-{task}")
+        assert (folder / "DONE").exists()
+        assert f"seed = 7{task}" in (folder / "config.toml").read_text()
+    assert not run.exists()
+
+
+def test_scancel_ends_the_job(cluster, submit):
+    job, run = submit(MPIRUN, *TWO_NODES, HIERMPI_FAULT=SLOW)
+    wait_until(lambda: steps_done(run) >= 3, 30, "three steps")
+    cluster.ask("scancel", job)
+    wait_until(lambda: not cluster.ask("squeue", "--noheader", "--jobs", job), 20, "the job is out of the queue")
+    assert cluster.job(job)["JobState"] == "CANCELLED"
