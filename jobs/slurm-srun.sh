@@ -110,7 +110,7 @@ elif [ "$(squeue --noheader --jobs "$job" --Format State | tr -d ' ')" != RUNNIN
     echo "not requeued: the job was cancelled, or SLURM has requeued it"
 else
     echo "exit code $code, newest checkpoint ${after:-none}: requeued"
-    scontrol requeue "$job" || echo "SLURM refused"
+    scontrol requeue "$job" || true # it may be killed by its own success
 fi
 [ "$code" -ne 0 ] || code=1
 exit "$code"

@@ -4,6 +4,7 @@ Each node is a slurmd with a host name of its own (a UTS namespace), as MPI and 
 Needs root, and Debian's slurm-wlm with libpmix installed before a slurmd starts.
 """
 
+import contextlib
 import os
 import re
 import signal
@@ -14,6 +15,8 @@ from pathlib import Path
 
 NODES = 4
 CPUS = 4
+
+ENDED = ("COMPLETED", "FAILED", "CANCELLED", "NODE_FAIL", "TIMEOUT")
 
 CONFIGURATION = """\
 ClusterName=private
@@ -37,7 +40,7 @@ SelectTypeParameters=CR_Core
 MpiDefault=none
 ReturnToService=2
 SwitchType=switch/none
-SlurmdTimeout=10
+SlurmdTimeout=5
 KillWait=2
 MailProg=/bin/true
 SlurmdParameters=config_overrides
@@ -97,8 +100,23 @@ class Cluster:
         self.ask("slurmctld")
         for name in self.names:
             (self.folder / f"tmp-{name}").mkdir()
-            self.ask("unshare", "--uts", "sh", "-c", f"hostname {name} && exec slurmd -N {name}")
+            self.boot(name)
         wait_until(lambda: self.ask("sinfo", "-h", "-o", "%T %D").split() == ["idle", str(NODES)], 20, "nodes are up")
+
+    def boot(self, name):
+        """Start the daemon of a node."""
+        self.ask("unshare", "--uts", "sh", "-c", f"hostname {name} && exec slurmd -N {name}")
+
+    def lose(self, name):
+        """Kill every process of a node at once, as if its power were cut."""
+        pid = int((self.folder / f"slurmd-{name}.pid").read_text())
+        namespace = os.readlink(f"/proc/{pid}/ns/uts")
+        for process in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):  # gone in the meantime
+                if os.readlink(process / "ns" / "uts") == namespace:
+                    os.kill(int(process.name), signal.SIGKILL)
+        for left in (self.folder / f"spool-{name}").glob("*.*"):
+            left.unlink()
 
     def stop(self):
         """End every job and every daemon."""
@@ -130,19 +148,29 @@ class Cluster:
         """The fields of a job."""
         return dict(re.findall(r"(\w+)=(\S*)", self.ask("scontrol", "show", "--oneliner", "job", number)))
 
-    def start_again_now(self, number):
-        """Start a requeued job at once: SLURM would wait two minutes. Its old steps must be gone from the nodes."""
-        wait_until(lambda: not list(self.folder.glob(f"spool-*/*{number}.*")), 20, "the job's old steps have ended")
-        self.ask("scontrol", "update", f"JobId={number}", "StartTime=now")
+    def wait_for(self, number, state, seconds=60):
+        """Wait until a job is in a state."""
+        wait_until(lambda: self.job(number)["JobState"] == state, seconds, f"job {number} is {state}")
 
-    def wait_for(self, number, *states, seconds=60):
-        """Wait until a job is in one of the states; its fields."""
+    def finish(self, number, seconds=60):
+        """Wait for the end of a job; its fields. One that was requeued starts at once: SLURM would wait two minutes."""
 
-        def arrived():
+        def ended():
             job = self.job(number)
-            return job if job["JobState"] in states else None
+            if job["JobState"] == "PENDING" and job["Restarts"] != "0" and not steps_of(number):
+                self.ask("scontrol", "update", f"JobId={number}", "StartTime=now")
+            return job if job["JobState"] in ENDED else None
 
-        return wait_until(arrived, seconds, f"job {number} {' or '.join(states)}, not {self.job(number)['JobState']}")
+        return wait_until(ended, seconds, f"job {number} has ended")
+
+
+def steps_of(number):
+    """Command lines of the processes that watch over steps of a job; an earlier start's may still be there."""
+    found = []
+    for file in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            found.append(file.read_bytes())
+    return [words for words in found if words.startswith(f"slurmstepd: [{number}.".encode())]
 
 
 def stop_daemon(pid_file, seconds=10):

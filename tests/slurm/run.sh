@@ -23,4 +23,4 @@ srun_plugins=$(ls /usr/lib/*/slurm*/mpi_pmix.so 2>/dev/null) || true
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 trap 'exit 1' INT TERM
-"$1" -m pytest -q tests/slurm --basetemp "$folder/tests"
+"$1" -m pytest -q --durations=9 tests/slurm --basetemp "$folder/tests"

@@ -20,7 +20,6 @@ MPIRUN = ROOT / "jobs" / "slurm-mpirun.sh"
 TWO_NODES = ("--nodes=2", "--ntasks-per-node=2", "--time=10")
 OPTIONS = (*TINY, "--model.dropout", "0.1")
 SLOW = ",".join(f"slow:step={step}:seconds=0.15:phase=batch" for step in range(1, 15))
-ENDED = ("COMPLETED", "FAILED", "CANCELLED", "NODE_FAIL", "TIMEOUT")
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +77,7 @@ def steps_done(run):
 
 def test_srun_on_four_nodes(cluster, submit):
     job, run = submit(SRUN, "--nodes=4", "--ntasks-per-node=2", "--time=10")
-    assert cluster.wait_for(job, *ENDED)["JobState"] == "COMPLETED"
+    assert cluster.finish(job)["JobState"] == "COMPLETED"
     assert (run / "DONE").exists()
     assert hosts(run) == dict.fromkeys(cluster.names, 2)
 
@@ -89,7 +88,7 @@ def whole(cluster, data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
     variables = {**QUIET_MPI, "VENV": sys.prefix, "DATA": str(data), "RUN": str(folder / "run")}
     job = cluster.submit(MPIRUN, f"--output={folder}/out", *TWO_NODES, environment=variables, arguments=OPTIONS)
-    state = cluster.wait_for(job, *ENDED)["JobState"]
+    state = cluster.finish(job)["JobState"]
     assert state == "COMPLETED", (folder / "out").read_text()
     return folder / "run"
 
@@ -104,12 +103,11 @@ def test_stop_requeue_and_go_on_bit_for_bit(cluster, submit, whole, script):
     job, run = submit(script, *TWO_NODES, HIERMPI_FAULT=SLOW)
     wait_until(lambda: steps_done(run) >= 3, 30, "three steps")
     cluster.ask("scancel", "--signal=USR1", "--batch", job)
-    assert cluster.wait_for(job, "PENDING", *ENDED)["JobState"] == "PENDING"
+    cluster.wait_for(job, "PENDING")
     stopped_at = max((run / "checkpoints").glob("step-*.h5")).name
     assert not (run / "DONE").exists()
     assert "step-00000003.h5" <= stopped_at < "step-00000020.h5"
-    cluster.start_again_now(job)
-    ended = cluster.wait_for(job, *ENDED)
+    ended = cluster.finish(job)
     assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1")
     assert (run / "DONE").exists()
     assert_same(run, parameters(whole))
@@ -117,14 +115,14 @@ def test_stop_requeue_and_go_on_bit_for_bit(cluster, submit, whole, script):
 
 def test_a_wrong_command_line_is_not_requeued(cluster, submit):
     job, _ = submit(MPIRUN, *TWO_NODES, arguments=("--train.stepz", "5"))
-    ended = cluster.wait_for(job, *ENDED)
+    ended = cluster.finish(job)
     assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("FAILED", "2:0", "0")
 
 
 def test_tasks_of_an_array_have_their_own_run_folders(cluster, submit):
     job, run = submit(SRUN, *TWO_NODES, "--array=0-1", FLAGS="--train.seed 7%a")
     for task in ("0", "1"):
-        assert cluster.wait_for(f"{job}_{task}", *ENDED)["JobState"] == "COMPLETED"
+        assert cluster.finish(f"{job}_{task}")["JobState"] == "COMPLETED"
         folder = Path(f"{run}-{task}")
         assert (folder / "DONE").exists()
         assert f"seed = 7{task}" in (folder / "config.toml").read_text()
@@ -137,3 +135,18 @@ def test_scancel_ends_the_job(cluster, submit):
     cluster.ask("scancel", job)
     wait_until(lambda: not cluster.ask("squeue", "--noheader", "--jobs", job), 20, "the job is out of the queue")
     assert cluster.job(job)["JobState"] == "CANCELLED"
+
+
+def test_a_lost_node_requeues_the_job(cluster, submit, whole):
+    job, run = submit(MPIRUN, *TWO_NODES, arguments=(*OPTIONS, "--checkpoint.interval", "2"), HIERMPI_FAULT=SLOW)
+    wait_until(lambda: steps_done(run) >= 3, 30, "three steps")
+    first, second = cluster.ask("scontrol", "show", "hostnames", cluster.job(job)["NodeList"]).split()
+    assert cluster.job(job)["BatchHost"] == first
+    cluster.lose(second)  # mpirun ends with 0
+    try:
+        ended = cluster.finish(job)
+    finally:
+        cluster.boot(second)
+    assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1")
+    assert second not in hosts(run)
+    assert_same(run, parameters(whole))
