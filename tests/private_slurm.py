@@ -40,7 +40,7 @@ SelectTypeParameters=CR_Core
 MpiDefault=none
 ReturnToService=2
 SwitchType=switch/none
-SlurmdTimeout=5
+SlurmdTimeout=60
 KillWait=2
 MailProg=/bin/true
 SlurmdParameters=config_overrides
@@ -124,8 +124,7 @@ class Cluster:
         try:
             wait_until(lambda: not self.ask("squeue", "-h", check=False), 15, "all jobs have ended")
         finally:
-            for file in [*self.folder.glob("slurmd-*.pid"), self.folder / "slurmctld.pid"]:
-                stop_daemon(file)
+            stop_daemons(self.folder.glob("*.pid"))
 
     def ask(self, *words, check=True):
         """What a command of SLURM prints."""
@@ -158,7 +157,7 @@ class Cluster:
         def ended():
             job = self.job(number)
             if job["JobState"] == "PENDING" and job["Restarts"] != "0" and not steps_of(number):
-                self.ask("scontrol", "update", f"JobId={number}", "StartTime=now")
+                self.ask("scontrol", "update", f"JobId={number}", "StartTime=now", check=False)
             return job if job["JobState"] in ENDED else None
 
         return wait_until(ended, seconds, f"job {number} has ended")
@@ -173,16 +172,14 @@ def steps_of(number):
     return [words for words in found if words.startswith(f"slurmstepd: [{number}.".encode())]
 
 
-def stop_daemon(pid_file, seconds=10):
-    """End the daemon that wrote a pid file, and wait until it is gone."""
-    if not pid_file.exists():
-        return
-    pid = int(pid_file.read_text())
-    for number, patience in ((signal.SIGTERM, seconds), (signal.SIGKILL, seconds)):
-        try:
-            os.kill(pid, number)
-        except ProcessLookupError:
-            return
-        deadline = time.monotonic() + patience
-        while time.monotonic() < deadline and Path(f"/proc/{pid}").exists():
+def stop_daemons(pid_files, seconds=10):
+    """End the daemons that wrote these pid files, and wait until they are gone."""
+    pids = [int(file.read_text()) for file in pid_files]
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+        deadline = time.monotonic() + seconds
+        while pids and time.monotonic() < deadline:
             time.sleep(0.05)
+            pids = [pid for pid in pids if Path(f"/proc/{pid}").exists()]

@@ -144,6 +144,8 @@ def test_a_lost_node_requeues_the_job(cluster, submit, whole):
     assert cluster.job(job)["BatchHost"] == first
     cluster.lose(second)  # mpirun ends with 0
     try:
+        wait_until(lambda: cluster.job(job)["JobState"] != "RUNNING", 30, "the script has requeued the job")
+        cluster.ask("scontrol", "update", f"NodeName={second}", "State=DOWN", "Reason=lost")  # SLURM: after a while
         ended = cluster.finish(job)
     finally:
         cluster.boot(second)
