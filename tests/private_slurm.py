@@ -157,6 +157,7 @@ class Cluster:
         def ended():
             job = self.job(number)
             if job["JobState"] == "PENDING" and job["Restarts"] != "0" and not steps_of(number):
+                time.sleep(2)  # a start within a second of the last one's end is refused: "Job credential revoked"
                 self.ask("scontrol", "update", f"JobId={number}", "StartTime=now", check=False)
             return job if job["JobState"] in ENDED else None
 

@@ -119,13 +119,16 @@ def test_a_wrong_command_line_is_not_requeued(cluster, submit):
     assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("FAILED", "2:0", "0")
 
 
-def test_tasks_of_an_array_have_their_own_run_folders(cluster, submit):
-    job, run = submit(SRUN, *TWO_NODES, "--array=0-1", FLAGS="--train.seed 7%a")
-    for task in ("0", "1"):
-        assert cluster.finish(f"{job}_{task}")["JobState"] == "COMPLETED"
-        folder = Path(f"{run}-{task}")
-        assert (folder / "DONE").exists()
-        assert f"seed = 7{task}" in (folder / "config.toml").read_text()
+def test_tasks_of_an_array_go_their_own_way(cluster, submit):
+    array, run = submit(SRUN, *TWO_NODES, "--array=0-1", FLAGS="--train.seed 7%a", HIERMPI_FAULT=SLOW)
+    folders = [Path(f"{run}-{task}") for task in range(2)]
+    wait_until(lambda: steps_done(folders[1]) >= 3, 30, "three steps")
+    cluster.ask("scancel", "--signal=USR1", "--batch", f"{array}_1")  # the task whose job number is the array's
+    for task, restarts in enumerate("01"):
+        ended = cluster.finish(f"{array}_{task}")
+        assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", restarts)
+        assert (folders[task] / "DONE").exists()
+        assert f"seed = 7{task}" in (folders[task] / "config.toml").read_text()
     assert not run.exists()
 
 
