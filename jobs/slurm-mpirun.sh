@@ -112,7 +112,7 @@ elif [ "$restarts" -ge "$MAX_RESTARTS" ]; then
 elif [ "$(squeue --noheader --jobs "$job" --Format State | tr -d ' ')" != RUNNING ]; then
     echo "not requeued: the job was cancelled, or SLURM has requeued it"
 else
-    echo "exit code $code, newest checkpoint ${after:-none}: requeued"
+    echo "exit code $code, newest checkpoint ${after:-none}: asking for a requeue"
     scontrol requeue "$job" || true # it may be killed by its own success
 fi
 [ "$code" -ne 0 ] || code=1

@@ -2,6 +2,7 @@
 
 import collections
 import json
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -24,6 +25,7 @@ SLOW = ",".join(f"slow:step={step}:seconds=0.15:phase=batch" for step in range(1
 
 @pytest.fixture(scope="module")
 def cluster():
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # whatever ends the tests, the daemons go
     with tempfile.TemporaryDirectory(prefix="slurm-") as folder:
         cluster = Cluster(Path(folder))
         try:
