@@ -20,7 +20,7 @@ OVERSUBSCRIBE := PRTE_MCA_rmaps_default_mapping_policy=:oversubscribe OMPI_MCA_r
 MPIRUN = env $(if $(shell [ $(1) -gt $$(nproc) ] && echo more),$(OVERSUBSCRIBE)) $(MPIEXEC) -n $(1)
 
 .DEFAULT_GOAL := help
-.PHONY: help install train test test-serial test-mpi test-smoke test-matrix lint clean
+.PHONY: help install train test test-serial test-mpi test-smoke test-matrix test-slurm lint clean
 
 help: ## show this list
 	@grep -hE '^[a-z%-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -68,6 +68,9 @@ test-matrix: install ## every combination of ranks, routing, coordinators and re
 	    env HIERMPI_TEST_MATRIX=all $(OVERSUBSCRIBE) timeout --kill-after=10 1200 $(MPIEXEC) -n $$n \
 	        $(BIN)/python -m mpi4py -m pytest -q -x --with-mpi tests/mpi/test_equality.py || exit 1; \
 	done
+
+test-slurm: install ## the job scripts on a private SLURM of four emulated nodes; root may have it installed by apt
+	sh tests/slurm/run.sh $(BIN)/python
 
 lint: install ## ruff and mypy
 	@test -x $(BIN)/ruff -a -x $(BIN)/mypy || \

@@ -6,6 +6,7 @@ import time
 import numpy as np
 import pytest
 from launch import finish, run, start
+
 from runs import TINY, last_checkpoint, make_dataset
 
 OPTIONS = (*TINY, "--model.dropout", "0.1", "--train.steps", "40", "--optimizer.decay_steps", "40")
