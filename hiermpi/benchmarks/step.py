@@ -6,6 +6,7 @@ threads, and compiled where that works; the best of these is the peer. Which for
 the result.
 """
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 
 from hiermpi.benchmarks.measuring import interleaved, row
 from hiermpi.communication.communicators import Communicators
+from hiermpi.communication.objects import broadcast_object
 from hiermpi.communication.scatter import BatchScatter
 from hiermpi.communication.shared_reduction import make_reduction
 from hiermpi.config.schema import Config
@@ -31,6 +33,9 @@ from hiermpi.training.stopping import StopRequests
 from hiermpi.training.trainer import Progress, Trainer
 
 CORPUS_TOKENS = 1 << 20
+TURN_SECONDS = 0.4
+SETTLING_SECONDS = 0.25
+"""Before each turn: the threads of PyTorch's OpenMP go on spinning for a while when their work is done."""
 
 
 class RandomTokens:
@@ -85,20 +90,20 @@ def make_trainer(config: Config, comms: Communicators, kernels: Kernels) -> Trai
     )
 
 
-def bench_step(config: Config, world: MPI.Comm, rounds: int = 12, steps: int = 3, peers: bool = True) -> dict[str, Any]:
+def bench_step(config: Config, world: MPI.Comm, rounds: int = 12, peers: bool = True) -> dict[str, Any]:
     """Rows per method (seconds per step), ratios of the others' medians to ours. Collective over ``world``.
 
     Args:
         config: shapes and batch; the vocabulary size is resolved.
         world: the ranks.
         rounds: turns of each method.
-        steps: per turn.
         peers: whether to measure PyTorch.
     """
     comms = Communicators(world, config.model.symmetry_order, config.hierarchy.coordinators)
     trainers = {"hiermpi": make_trainer(config, comms, load_kernels())}
     if load_kernels().name != "numpy":
         trainers["hiermpi numpy kernels"] = make_trainer(config, comms, load_kernels("numpy"))
+    steps = steps_per_turn(trainers["hiermpi"], comms)
 
     def stepping(trainer: Trainer) -> Callable[[], None]:
         def some_steps() -> None:
@@ -110,8 +115,13 @@ def bench_step(config: Config, world: MPI.Comm, rounds: int = 12, steps: int = 3
     methods: dict[str, Callable[[], None]] = {name: stepping(trainer) for name, trainer in trainers.items()}
     methods["sgemm"] = _sgemm(config, comms, steps)
     notes = _add_peers(methods, config, comms, steps) if peers else ["no peer was asked for"]
-    barrier = lambda: comms.waiter.wait(comms.world.Ibarrier())  # noqa: E731
-    seconds = interleaved(methods, rounds, barrier)
+
+    def settle() -> None:
+        comms.waiter.wait(comms.world.Ibarrier())
+        time.sleep(SETTLING_SECONDS)
+        comms.waiter.wait(comms.world.Ibarrier())
+
+    seconds = interleaved(methods, rounds, settle)
     tokens = config.train.batch_size * config.model.context_length
     flops = flops_per_token(config.model) * tokens
     rows = [
@@ -137,6 +147,13 @@ def bench_step(config: Config, world: MPI.Comm, rounds: int = 12, steps: int = 3
     result = {"rows": rows, "ratios": ratios, "notes": notes, "phases": phases.seconds, "waits": phases.waits}
     comms.free()
     return result
+
+
+def steps_per_turn(trainer: Trainer, comms: Communicators) -> int:
+    """Steps that fill a turn: after another method's turn the caches are cold. Collective over the hierarchy."""
+    for _ in range(2):
+        seconds = trainer.step().seconds
+    return broadcast_object(comms.world, max(1, min(20, round(TURN_SECONDS / seconds))), comms.waiter)
 
 
 def _sgemm(config: Config, comms: Communicators, steps: int) -> Callable[[], None]:
