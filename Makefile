@@ -1,5 +1,5 @@
 # Two commands do everything on a fresh machine with Python 3.11, make and (later) a C compiler:
-#     make train     environment, data, a training run on 13 ranks
+#     make train     environment, data, a training run on 13 ranks, text, a report
 #     make test      the whole suite, serial and under mpiexec
 
 PYTHON ?= python3
@@ -43,8 +43,9 @@ install: .venv/installed ## environment in .venv, with an MPI in .venv/bin/mpiex
 
 train: install ## train on the built-in corpus, 13 ranks, and write some text; again: continue, or say it is done
 	@mkdir -p $(RUNS) && test -f $(RUNS)/stdlib.h5 || $(BIN)/hiermpi prepare stdlib --out $(RUNS)/stdlib.h5
-	$(call MPIRUN,$(RANKS)) $(BIN)/hiermpi train --data $(RUNS)/stdlib.h5 --run $(RUNS)/first --config jobs/first.toml
+	$(call MPIRUN,$(RANKS)) $(BIN)/hiermpi train --data $(RUNS)/stdlib.h5 --run $(RUNS)/first --config tiny
 	$(BIN)/hiermpi generate $(RUNS)/first --prompt "def " --tokens 300
+	$(BIN)/hiermpi report $(RUNS)/first
 
 test: test-serial test-mpi test-smoke ## the whole suite, serial and under mpiexec
 

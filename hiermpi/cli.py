@@ -6,16 +6,22 @@ may be forbidden, and every import is paid once per rank.
 
 import argparse
 import importlib
+import keyword
 import logging
 import os
+import signal
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from types import ModuleType
+from typing import NoReturn, TextIO
 
 from hiermpi import __version__
 from hiermpi.errors import EXIT_ERROR, UsageError, UserError
 
-COMMANDS = ("prepare", "train", "evaluate", "generate", "plan", "bench", "verify", "info")
+COMMANDS = (
+    *("prepare", "train", "evaluate", "generate", "report", "plan", "inspect", "verify"),
+    *("export", "import", "bench", "info"),
+)
 """One module each in :mod:`hiermpi.commands`; in the order of a user's first day."""
 
 MPI_ALWAYS = frozenset({"train", "bench"})
@@ -54,7 +60,7 @@ def build_parser() -> Parser:
     parser.add_argument("--version", action="version", version=f"hiermpi {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
     for name in COMMANDS:
-        module = importlib.import_module(f"hiermpi.commands.{name}")
+        module = command_module(name)
         child = commands.add_parser(
             name,
             help=module.SUMMARY,
@@ -81,6 +87,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     return arguments
 
 
+def command_module(name: str) -> ModuleType:
+    """The module of a command."""
+    return importlib.import_module(f"hiermpi.commands.{name}{'_' if keyword.iskeyword(name) else ''}")
+
+
 def launched_ranks() -> int:
     """Number of ranks that a launcher started this process with; 1 where there is none."""
     return max([int(os.environ[name]) for name in SIZE_VARIABLES if os.environ.get(name, "").isdigit()], default=1)
@@ -101,11 +112,22 @@ def needs_mpi(argv: Sequence[str]) -> bool:
 def set_up_logging(rank: int) -> None:
     """Log to stderr: rank 0 tells all, the others warnings only, with their rank in front."""
     logger = logging.getLogger("hiermpi")
-    handler = logging.StreamHandler()
+    handler = StderrHandler()
     handler.setFormatter(LevelFormatter(rank))
     logger.handlers[:] = [handler]
     logger.setLevel(logging.INFO if rank == 0 else logging.WARNING)
     logger.propagate = False
+
+
+class StderrHandler(logging.StreamHandler[TextIO]):
+    """Writes to what ``sys.stderr`` is at the time: a live bar puts itself in its place."""
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)
+
+    @property
+    def stream(self) -> TextIO:  # type: ignore[override]
+        return sys.stderr
 
 
 class LevelFormatter(logging.Formatter):
@@ -125,11 +147,12 @@ class LevelFormatter(logging.Formatter):
 
 def run_alone(argv: Sequence[str]) -> int:
     """Run a command in this process only; return its exit code."""
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that temporary files are removed
     if launched_rank() > 0:  # started by a launcher for a command that one process does
         return 0
     try:
         arguments = parse(argv)
-        return importlib.import_module(f"hiermpi.commands.{arguments.command}").run(arguments)
+        return command_module(arguments.command).run(arguments)
     except UserError as error:
         logging.getLogger("hiermpi").error("%s", error)
         return error.exit_code
@@ -159,7 +182,7 @@ def run_together(argv: Sequence[str]) -> NoReturn:
                 error = caught
         agree(world, error, Waiter())
         arguments = broadcast_object(world, arguments, Waiter())
-        module = importlib.import_module(f"hiermpi.commands.{arguments.command}")
+        module = command_module(arguments.command)
         return module.run_together(arguments, world)
 
     run_collectively(body)

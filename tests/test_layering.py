@@ -8,20 +8,28 @@ import pytest
 import hiermpi
 
 ROOT = Path(hiermpi.__file__).parent
-PURE = ("config", "data", "hierarchy", "model", "optimizer", "errors", "planning")
+PURE = ("config", "data", "hierarchy", "model", "optimizer", "errors", "planning", "progress")
 ALLOWED = {
     **{part: set(PURE) for part in PURE},
     "communication": {"communication", *PURE},
     "storage": {"storage", *PURE},
-    "training": {"training", "communication", "storage", *PURE},
-    "preparation": {"preparation", "storage", *PURE},
+    "training": {"training", "reporting", "communication", "storage", *PURE},
+    "preparation": {"preparation", "communication", "storage", *PURE},
+    "reporting": {"reporting", "storage", *PURE},
+    "interchange": {"interchange", "storage", *PURE},
     "benchmarks": {"benchmarks", "training", "communication", *PURE},
-    "commands": {"commands", "benchmarks", "preparation", "training", "communication", "storage", *PURE},
+    "commands": {
+        *("commands", "benchmarks", "interchange", "preparation", "reporting", "training", "communication", "storage"),
+        *PURE,
+    },
     "cli": {"cli", "commands", "communication", *PURE},
     "__main__": {"cli"},
     "__init__": set(),
 }
-LIBRARIES = {"mpi4py": {"communication", "training", "benchmarks", "commands", "cli"}, "h5py": {"storage", "commands"}}
+LIBRARIES = {
+    "mpi4py": {"communication", "training", "benchmarks", "commands", "cli"},
+    "h5py": {"storage", "commands"},
+}
 
 
 def imports_of(path):

@@ -7,7 +7,10 @@ SUMMARY = "write text with a trained model"
 EXAMPLE = """\
 example:
     hiermpi generate runs/first --prompt "def main(" --tokens 200 --temperature 0.8
-    echo "Once upon" | hiermpi generate runs/first --prompt -"""
+    hiermpi generate runs/first --prompt "Once upon" --top-p 0.9 --seed 7
+    echo "Once upon" | hiermpi generate runs/first --prompt -
+
+Text appears as it is written. The same seed gives the same text."""
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -19,35 +22,59 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--temperature", type=float, default=0.8, metavar="T", help="0 takes the likeliest token (default: 0.8)"
     )
     parser.add_argument("--top-k", type=int, default=0, metavar="K", help="choose among the K likeliest (default: all)")
+    parser.add_argument(
+        "--top-p",
+        type=float,
+        default=1.0,
+        metavar="P",
+        help="choose among the likeliest that together have probability P (default: 1, all)",
+    )
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="seed of the choices (default: 0)")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Write the prompt and what follows it to stdout, as it comes."""
     import codecs
-    import math
     import sys
 
     from hiermpi.data.tokenizers import tokenizer_from_json
     from hiermpi.errors import UsageError
-    from hiermpi.model.decoder import generate
+    from hiermpi.model.decoder import Sampling, generate
     from hiermpi.training.loading import load_model, open_checkpoint
 
-    if arguments.tokens < 0 or arguments.top_k < 0 or arguments.seed < 0:
-        raise UsageError("--tokens, --top-k and --seed: expected 0 or more")
-    if not math.isfinite(arguments.temperature) or arguments.temperature < 0:
-        raise UsageError(f"--temperature {arguments.temperature}: expected 0 or more")
+    check(arguments)
     text = sys.stdin.buffer.read() if arguments.prompt == "-" else arguments.prompt.encode(errors="surrogateescape")
     if not text:
         raise UsageError("--prompt is empty: give at least one character to continue")
     checkpoint = open_checkpoint(arguments.source)
     tokenizer = tokenizer_from_json(checkpoint.tokenizer)
+    if tokenizer.kind != "bytes":
+        try:
+            text.decode()
+        except UnicodeDecodeError as error:
+            raise UsageError(f"--prompt is not UTF-8 (byte {error.start}): write it in UTF-8") from None
     prompt = [int(token) for token in tokenizer.encode(text)]
     model = load_model(checkpoint)
+    how = Sampling(arguments.temperature, arguments.top_k, arguments.top_p)
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     sys.stdout.write(decoder.decode(text))
-    for token in generate(model, prompt, arguments.tokens, arguments.seed, arguments.temperature, arguments.top_k):
-        sys.stdout.write(decoder.decode(tokenizer.decode([token] if token < tokenizer.vocab_size else [])))
+    sys.stdout.flush()
+    for token in generate(model, prompt, arguments.tokens, arguments.seed, how, tokenizer.vocab_size):
+        sys.stdout.write(decoder.decode(tokenizer.decode([token])))
         sys.stdout.flush()
     sys.stdout.write(decoder.decode(b"", True) + "\n")
     return 0
+
+
+def check(arguments: argparse.Namespace) -> None:
+    """Refuse numbers that mean nothing. Raises UsageError."""
+    import math
+
+    from hiermpi.errors import UsageError
+
+    if arguments.tokens < 0 or arguments.top_k < 0 or arguments.seed < 0:
+        raise UsageError("--tokens, --top-k and --seed: expected 0 or more")
+    if not math.isfinite(arguments.temperature) or arguments.temperature < 0:
+        raise UsageError(f"--temperature {arguments.temperature}: expected 0 or more")
+    if not 0.0 < arguments.top_p <= 1.0:
+        raise UsageError(f"--top-p {arguments.top_p}: expected more than 0 and at most 1")

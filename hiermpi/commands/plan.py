@@ -11,7 +11,8 @@ SUMMARY = "show the tree of ranks, who computes and what memory it takes, withou
 EXAMPLE = """\
 example:
     hiermpi plan --ranks 64
-    hiermpi plan --ranks 1000 --ranks-per-node 48 --config run.toml --json"""
+    hiermpi plan --ranks 1000 --ranks-per-node 48 --config run.toml --data data.h5
+    hiermpi plan --ranks 48 --suggest --cores-per-node 48"""
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -20,7 +21,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--ranks-per-node", type=int, default=0, metavar="M", help="ranks on each node (default: all on one)"
     )
-    parser.add_argument("--data", type=Path, metavar="FILE", help="dataset, for the size of its vocabulary")
+    parser.add_argument("--data", type=Path, metavar="FILE", help="dataset, for its vocabulary and size")
+    parser.add_argument("--suggest", action="store_true", help="suggest a batch size and threads per rank")
+    parser.add_argument(
+        "--cores-per-node", type=int, default=0, metavar="C", help="for --suggest (default: this machine's)"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     add_config_arguments(parser)
 
@@ -30,30 +35,39 @@ def run(arguments: argparse.Namespace) -> int:
     from hiermpi.config.loading import load_config
     from hiermpi.errors import UsageError
     from hiermpi.hierarchy.topology import Topology
-    from hiermpi.planning import describe, plan
+    from hiermpi.planning.drawing import describe
+    from hiermpi.planning.plan import plan
+    from hiermpi.planning.suggesting import suggest
 
     config = load_config(arguments, os.environ)
-    if arguments.ranks < 1 or arguments.ranks_per_node < 0:
+    if arguments.ranks < 1 or arguments.ranks_per_node < 0 or arguments.cores_per_node < 0:
         raise UsageError(
-            f"--ranks {arguments.ranks} --ranks-per-node {arguments.ranks_per_node}: "
-            "expected at least 1 rank, and 0 (all on one node) or more on each node"
+            f"--ranks {arguments.ranks} --ranks-per-node {arguments.ranks_per_node} --cores-per-node "
+            f"{arguments.cores_per_node}: expected at least 1 rank, and 0 (all on one node; this machine's cores) "
+            "or more"
         )
-    vocab_size = config.model.vocab_size
-    if not vocab_size:
-        vocab_size = vocabulary_of(arguments.data) if arguments.data else 256
+    vocab_size, data_bytes = facts_of(arguments.data) if arguments.data else (256, 0)
     topology = Topology(
         arguments.ranks,
         config.model.symmetry_order,
         arguments.ranks_per_node,
         coordinators=config.hierarchy.coordinators,
     )
-    planned = plan(topology, config, vocab_size)
-    print(json.dumps(planned) if arguments.json else describe(planned))
+    planned = plan(topology, config, config.model.vocab_size or vocab_size, data_bytes)
+    cores = arguments.cores_per_node or os.cpu_count() or 1
+    suggestions = suggest(topology, config, planned, cores) if arguments.suggest else []
+    if arguments.json:
+        print(json.dumps(planned | {"suggestions": [entry._asdict() for entry in suggestions]}))
+    else:
+        print(describe(planned, suggestions))
     return 0
 
 
-def vocabulary_of(data: Path) -> int:
-    """Vocabulary size of a dataset."""
+def facts_of(data: Path) -> tuple[int, int]:
+    """Vocabulary size of a dataset, and bytes of its tokens that a run keeps in memory."""
     from hiermpi.storage.dataset import open_dataset
 
-    return open_dataset(data).vocab_size
+    dataset = open_dataset(data)
+    kept = dataset.kept_bytes
+    dataset.close()
+    return dataset.vocab_size, kept

@@ -12,7 +12,8 @@ EXAMPLE = """\
 example:
     hiermpi prepare my-texts/ more.txt --out data.h5
     hiermpi prepare stdlib --out data.h5        (Python's standard library: no download)
-    hiermpi prepare shakespeare.txt --out data.h5 --tokenizer chars"""
+    hiermpi prepare shakespeare.txt --out data.h5 --tokenizer chars
+    mpirun -n 8 hiermpi prepare corpus/ --out data.h5 --tokenizer bpe --vocab-size 8192"""
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -20,7 +21,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("sources", nargs="+", metavar="SOURCE", help="text file, folder (recursively), or stdlib")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="dataset to make")
     parser.add_argument("--tokenizer", choices=("bytes", "chars", "bpe"), default="bytes", help="(default: bytes)")
-    parser.add_argument("--vocab-size", type=int, metavar="N", help="tokens of the bpe vocabulary")
+    parser.add_argument("--vocab-size", type=int, metavar="N", help="tokens of the bpe vocabulary (default: 8192)")
+    parser.add_argument(
+        "--tokenizer-of", type=Path, metavar="FILE", help="use the tokenizer of this dataset or checkpoint"
+    )
     parser.add_argument(
         "--val-fraction", type=float, default=0.1, metavar="F", help="share of the text for validation (default: 0.1)"
     )
@@ -39,22 +43,28 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Prepare the dataset and tell what is in it."""
-    from hiermpi.preparation import prepare
+    from hiermpi.preparation.encoding import Encoder
+    from hiermpi.preparation.preparing import prepare
 
-    print(prepare(arguments))
+    print(prepare(arguments, Encoder()))
     return 0
 
 
 def run_together(arguments: argparse.Namespace, world: "MPI.Comm") -> int:
-    """Prepare on rank 0 while the others wait asleep. Collective over ``world``."""
+    """Prepare on rank 0, which has all ranks encode. Collective over ``world``."""
     from hiermpi.communication.objects import agree
     from hiermpi.communication.waiting import Waiter
+    from hiermpi.preparation.encoding import TeamEncoder
+    from hiermpi.preparation.preparing import prepare
 
-    error = None
-    if world.rank == 0:
+    encoder, error = TeamEncoder(world), None
+    if world.rank != 0:
+        encoder.serve()
+    else:
         try:
-            run(arguments)
+            print(prepare(arguments, encoder))
         except Exception as caught:  # noqa: BLE001  (raised on all ranks by agree)
             error = caught
+        encoder.close()
     agree(world, error, Waiter())
     return 0

@@ -22,6 +22,7 @@ ENVIRONMENT_PREFIX = "HIERMPI_"
 RESERVED_VARIABLES = frozenset({"HIERMPI_FAULT", "HIERMPI_KERNELS"})
 """Variables of hiermpi that are not settings (for tests)."""
 MAX_FILE_BYTES = 1 << 20
+PRESETS = Path(__file__).parent / "presets"
 
 _SENTENCES = {
     "int_parsing": "expected a whole number",
@@ -43,7 +44,12 @@ _SENTENCES = {
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     """Give ``parser`` the flag ``--config`` and one flag ``--section.field`` per setting."""
-    parser.add_argument("--config", type=Path, metavar="FILE", help="TOML file of settings")
+    parser.add_argument(
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help=f"TOML file of settings, or the name of a shipped one: {', '.join(presets())}",
+    )
     for section, kind in SECTIONS.items():
         group = parser.add_argument_group(section, (kind.__doc__ or "").splitlines()[0])
         for entry in fields(kind):
@@ -56,6 +62,11 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
                 default=argparse.SUPPRESS,
                 help=f"{entry.metadata['help']} (default: {_shown_default(entry.default)})",
             )
+
+
+def presets() -> dict[str, Path]:
+    """The configurations shipped with the package, by name."""
+    return {path.stem: path for path in sorted(PRESETS.glob("*.toml"))}
 
 
 def load_config(arguments: argparse.Namespace, environment: Mapping[str, str]) -> Config:
@@ -104,12 +115,16 @@ def _shown_default(value: Any) -> str:
 
 
 def _from_file(path: Path, known: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
+    path = path if path.exists() else presets().get(str(path), path)
     try:
         if path.stat().st_size > MAX_FILE_BYTES:
             raise UsageError(f"{path} is larger than 1 MiB: this is not a configuration, name a TOML file")
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UsageError(f"{path}: {error.strerror}: name a readable TOML file with --config") from None
+        names = ", ".join(presets())
+        raise UsageError(
+            f"{path}: {error.strerror}: name a readable TOML file with --config, or one of {names}"
+        ) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise UsageError(f"{path} is not valid TOML: {str(error).splitlines()[0]}") from None
     settings: dict[str, tuple[Any, str]] = {}

@@ -7,13 +7,14 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from hiermpi.data.bpe import BpeTokenizer
 from hiermpi.errors import DamagedFile, UserError
 
 MOST_CHARACTERS = 0x110000
 
 
 class Tokenizer(Protocol):
-    """A reversible map between text and token ids."""
+    """A map between text and token ids."""
 
     kind: str
     vocab_size: int
@@ -74,6 +75,28 @@ class CharsTokenizer:
         return json.dumps({"kind": self.kind, "characters": self.characters})
 
 
+class NoTokenizer:
+    """Stands where a model came without one: its token ids mean what the data says.
+
+    Args:
+        vocab_size: of the model.
+    """
+
+    kind = "none"
+
+    def __init__(self, vocab_size: int) -> None:
+        self.vocab_size = vocab_size
+
+    def encode(self, text: bytes) -> NDArray[np.uint32]:
+        raise UserError("the model came without a tokenizer: import it again with its tokenizer.json beside it")
+
+    def decode(self, ids: NDArray[np.integer] | Sequence[int]) -> bytes:
+        return "".join(f"{i} " for i in ids).encode()
+
+    def to_json(self) -> str:
+        return json.dumps({"kind": self.kind, "vocab_size": self.vocab_size})
+
+
 def code_points(text: str) -> NDArray[np.uint32]:
     """The code points of ``text``."""
     return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
@@ -91,6 +114,10 @@ def tokenizer_from_json(text: str) -> Tokenizer:
             points = code_points(characters)
             if len(points) and (np.diff(points.astype(np.int64)) > 0).all() and len(points) <= MOST_CHARACTERS:
                 return CharsTokenizer(characters)
+        if kind == "bpe":
+            return BpeTokenizer(described["vocabulary"], described["merges"])
+        if kind == "none" and isinstance(described["vocab_size"], int):
+            return NoTokenizer(described["vocab_size"])
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         pass
     raise DamagedFile("the tokenizer of the file is not one that this hiermpi knows: prepare the data again")

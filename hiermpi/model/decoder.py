@@ -1,6 +1,7 @@
 """Token by token generation with cached keys and values."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -76,33 +77,58 @@ class Decoder:
         return out
 
 
-def sample(
-    logits: NDArray[np.floating], generator: np.random.Generator, temperature: float = 1.0, top_k: int = 0
-) -> int:
-    """A token id drawn from softmax(logits / temperature).
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen."""
+
+    temperature: float = 1.0
+    """0 takes the likeliest token."""
+    top_k: int = 0
+    """Only among the k likeliest; 0 among all."""
+    top_p: float = 1.0
+    """Only among the likeliest that together have this probability (Holtzman et al., arXiv 1904.09751)."""
+
+
+def sample(logits: NDArray[np.floating], generator: np.random.Generator, how: Sampling) -> int:
+    """A token id drawn from softmax(logits / temperature), cut to the likeliest.
 
     Args:
         logits: (V,).
         generator: source of randomness.
-        temperature: 0 takes the most likely token.
-        top_k: only among the k most likely; 0 among all.
+        how: temperature and cuts.
     """
-    if temperature == 0.0:
+    if how.temperature == 0.0:
         return int(logits.argmax())
-    scaled = logits.astype(np.float64) / temperature
-    if 0 < top_k < len(scaled):
-        scaled[scaled < np.partition(scaled, -top_k)[-top_k]] = -np.inf
-    weights = np.exp(scaled - scaled.max())
-    return int(generator.choice(len(weights), p=weights / weights.sum()))
+    order = np.argsort(-logits, kind="stable")  # likeliest first
+    if how.top_k:
+        order = order[: how.top_k]
+    scaled = logits[order].astype(np.float64) / how.temperature
+    weights = np.exp(scaled - scaled[0])
+    weights /= weights.sum()
+    if how.top_p < 1.0:
+        enough = int(np.searchsorted(np.cumsum(weights), how.top_p)) + 1
+        order, weights = order[:enough], weights[:enough] / weights[:enough].sum()
+    return int(order[generator.choice(len(weights), p=weights)])
 
 
 def generate(
-    model: Transformer, prompt: Sequence[int], count: int, seed: int, temperature: float = 1.0, top_k: int = 0
+    model: Transformer, prompt: Sequence[int], count: int, seed: int, how: Sampling, vocab_size: int = 0
 ) -> Iterator[int]:
-    """Yield ``count`` token ids that continue ``prompt`` (at least one token id)."""
+    """Yield ``count`` token ids that continue ``prompt`` (at least one token id).
+
+    Args:
+        model: with its parameters.
+        prompt: token ids.
+        count: of new ones.
+        seed: of the choices.
+        how: they are made.
+        vocab_size: only ids below it, where the model's table has spare rows; 0 takes all.
+    """
     decoder, generator = Decoder(model), np.random.default_rng(seed)
+    vocab_size = vocab_size or model.config.vocab_size
     logits = decoder.extend(prompt)
-    for _ in range(count):
-        token = sample(logits, generator, temperature, top_k)
+    for index in range(count):
+        token = sample(logits[:vocab_size], generator, how)
         yield token
-        logits = decoder.extend([token])
+        if index + 1 < count:
+            logits = decoder.extend([token])

@@ -84,7 +84,6 @@ def workspace_shapes(config: ModelConfig, sequences: int) -> dict[str, tuple[int
         "wide": (rows, 4 * width),
         "dx": (rows, width),
         "logits": (logits_rows, config.vocab_size),
-        "product": (max(4 * width * width, config.vocab_size * width),),
     }
 
 
@@ -241,7 +240,7 @@ class Transformer:
         kernels.norm_forward(norm1[0], mean[0], rstd[0], x[0], *first)
         for i in range(layers):
             p = self._blocks[i]
-            np.matmul(norm1[i], p["attn.c_attn.weight"], out=buffers["qkv"][i])
+            kernels.product(buffers["qkv"][i], norm1[i], p["attn.c_attn.weight"])
             site = 1 + 3 * i
             kernels.attention_forward(
                 buffers["heads"][i],
@@ -252,13 +251,13 @@ class Transformer:
                 keys.at(site),
                 threshold,
             )
-            np.matmul(buffers["heads"][i], p["attn.c_proj.weight"], out=branch)
+            kernels.product(branch, buffers["heads"][i], p["attn.c_proj.weight"])
             after = (norm2[i], mean[2 * i + 1], rstd[2 * i + 1])
             bias = keys.drop_branch(kernels, branch, p["attn.c_proj.bias"], site + 1)
             kernels.residual_norm_forward(middle[i], *after, x[i], branch, bias, p["ln_2.weight"], p["ln_2.bias"])
-            np.matmul(norm2[i], p["mlp.c_fc.weight"], out=buffers["hidden"][i])
+            kernels.product(buffers["hidden"][i], norm2[i], p["mlp.c_fc.weight"])
             kernels.gelu_forward(buffers["active"][i], buffers["hidden"][i], p["mlp.c_fc.bias"])
-            np.matmul(buffers["active"][i], p["mlp.c_proj.weight"], out=branch)
+            kernels.product(branch, buffers["active"][i], p["mlp.c_proj.weight"])
             after = (norm1[i + 1], mean[2 * i + 2], rstd[2 * i + 2])
             bias = keys.drop_branch(kernels, branch, p["mlp.c_proj.bias"], site + 2)
             following = _norm(tensors, f"h.{i + 1}.ln_1" if i + 1 < layers else "ln_f")
@@ -267,25 +266,25 @@ class Transformer:
 
     def _head(self, batch: Batch, gradients: "Gradients | None") -> float:
         """The loss sum; with ``gradients`` also the gradient of the last norm's output, into the buffer branch."""
-        buffers = self._buffers
+        buffers, kernels = self._buffers, self.kernels
         weight = self._head_weight(self.parameters.tensors)
         normed, targets = buffers["norm1"][self.config.n_layer], batch.targets.reshape(-1)
         loss, step = 0.0, len(buffers["logits"])
         for first in range(0, len(targets), step):
             rows = slice(first, min(first + step, len(targets)))
             logits = buffers["logits"][: rows.stop - rows.start]
-            np.matmul(normed[rows], weight.T, out=logits)
-            loss += self.kernels.cross_entropy(logits, targets[rows], gradients is not None)
+            kernels.product(logits, normed[rows], weight.T)
+            loss += kernels.cross_entropy(logits, targets[rows], gradients is not None)
             if gradients is not None:
-                np.matmul(logits, weight, out=buffers["branch"][rows])
-                gradients.add_product(self._head_name, logits.T, normed[rows], buffers["product"], first == 0)
+                kernels.product(buffers["branch"][rows], logits, weight)
+                gradients.add_product(kernels, self._head_name, logits.T, normed[rows], first == 0)
         return loss
 
     def _backward(self, batch: Batch, gradients: "Gradients", keys: "Keys") -> None:
         buffers, kernels, tensors, grads = self._buffers, self.kernels, self.parameters.tensors, gradients.tensors
         layers, shape = self.config.n_layer, self._shape(batch)
         x, middle, norm1, norm2 = buffers["x"], buffers["middle"], buffers["norm1"], buffers["norm2"]
-        mean, rstd, product = buffers["mean"], buffers["rstd"], buffers["product"]
+        mean, rstd = buffers["mean"], buffers["rstd"]
         dx, branch, wide = buffers["dx"], buffers["branch"], buffers["wide"]
         dqkv = buffers["dqkv"]
         fused = not keys.threshold  # then the norm's backward sums the bias gradient of the branch below
@@ -301,15 +300,15 @@ class Transformer:
             p, block = self._blocks[i], f"h.{i}."
             site = 1 + 3 * i
             dy = keys.drop_gradient(kernels, dx, buffers["dropped"], grads[block + "mlp.c_proj.bias"], site + 2)
-            gradients.add_product(block + "mlp.c_proj.weight", buffers["active"][i].T, dy, product)
-            np.matmul(dy, p["mlp.c_proj.weight"].T, out=wide)
+            gradients.add_product(kernels, block + "mlp.c_proj.weight", buffers["active"][i].T, dy)
+            kernels.product(wide, dy, p["mlp.c_proj.weight"].T)
             kernels.gelu_backward(wide, grads[block + "mlp.c_fc.bias"], buffers["hidden"][i])
-            gradients.add_product(block + "mlp.c_fc.weight", norm2[i].T, wide, product)
-            np.matmul(wide, p["mlp.c_fc.weight"].T, out=branch)
+            gradients.add_product(kernels, block + "mlp.c_fc.weight", norm2[i].T, wide)
+            kernels.product(branch, wide, p["mlp.c_fc.weight"].T)
             norm_backward(block + "ln_2", 2 * i + 1, block + "attn.c_proj", middle[i], False)
             dy = keys.drop_gradient(kernels, dx, buffers["dropped"], grads[block + "attn.c_proj.bias"], site + 1)
-            gradients.add_product(block + "attn.c_proj.weight", buffers["heads"][i].T, dy, product)
-            np.matmul(dy, p["attn.c_proj.weight"].T, out=branch)
+            gradients.add_product(kernels, block + "attn.c_proj.weight", buffers["heads"][i].T, dy)
+            kernels.product(branch, dy, p["attn.c_proj.weight"].T)
             kernels.attention_backward(
                 dqkv,
                 grads[block + "attn.c_attn.bias"],
@@ -321,8 +320,8 @@ class Transformer:
                 keys.at(site),
                 keys.threshold,
             )
-            gradients.add_product(block + "attn.c_attn.weight", norm1[i].T, dqkv, product)
-            np.matmul(dqkv, p["attn.c_attn.weight"].T, out=branch)
+            gradients.add_product(kernels, block + "attn.c_attn.weight", norm1[i].T, dqkv)
+            kernels.product(branch, dqkv, p["attn.c_attn.weight"].T)
             norm_backward(block + "ln_1", 2 * i, f"h.{i - 1}.mlp.c_proj" if i else None, x[i], False)
         keys.drop(kernels, dx, EMBEDDING_SITE)
         kernels.embed_backward(grads["wte.weight"], grads["wpe.weight"], dx, batch.inputs)
@@ -357,7 +356,7 @@ class Transformer:
                 views[name] = whole.reshape(len(whole), -1)[:, :count].reshape(
                     len(whole), sequences, self.config.n_head, size, size
                 )
-            elif name in ("product", "logits"):
+            elif name == "logits":
                 views[name] = whole
             elif name in ("branch", "wide", "dx", "dropped"):
                 views[name] = whole[:rows]
@@ -387,15 +386,9 @@ class Gradients:
         self.tensors = tensors
         self.fresh = fresh
 
-    def add_product(self, name: str, a: NDArray, b: NDArray, scratch: NDArray, first: bool = True) -> None:
-        """Add a @ b to the tensor called ``name``; ``scratch`` holds the product where it cannot be written at once."""
-        target = self.tensors[name]
-        if self.fresh and first:
-            np.matmul(a, b, out=target)
-            return
-        product = scratch[: target.size].reshape(target.shape)
-        np.matmul(a, b, out=product)
-        target += product
+    def add_product(self, kernels: Kernels, name: str, a: NDArray, b: NDArray, first: bool = True) -> None:
+        """Add a @ b to the tensor called ``name``; ``first``: it is this micro-batch's first product for it."""
+        kernels.product(self.tensors[name], a, b, add=not (self.fresh and first))
 
 
 class Keys:

@@ -3,6 +3,7 @@
 Tensors are stored by name in token order, so no rank count and no layout is in the file.
 """
 
+import hashlib
 import json
 import logging
 import re
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from hiermpi.config.schema import ModelConfig
 from hiermpi.errors import DamagedFile, UserError
 from hiermpi.storage.container import (
     IN_MEMORY_LIMIT,
@@ -147,6 +149,26 @@ def load_checkpoint(path: Path, with_moments: bool = True) -> Checkpoint:
             v=v,
             loss=reader.number("loss"),
         )
+
+
+def parameters_digest(checkpoint: Checkpoint) -> str:
+    """SHA-256 (hex) over the parameters by name, whatever file they lie in: equal models have equal digests."""
+    digest = hashlib.sha256()
+    for name in sorted(checkpoint.parameters):
+        tensor = checkpoint.parameters[name]
+        digest.update(f"{name} {tensor.shape}\n".encode())
+        digest.update(np.ascontiguousarray(tensor, "<f4").data)
+    return digest.hexdigest()
+
+
+def model_config(checkpoint: Checkpoint) -> ModelConfig:
+    """The shape of the model in ``checkpoint``. Raises DamagedFile where it is none."""
+    prefix = "model."
+    shape = {name.removeprefix(prefix): value for name, value in checkpoint.config.items() if name.startswith(prefix)}
+    try:
+        return ModelConfig(**shape)
+    except (TypeError, ValueError) as error:
+        raise DamagedFile(f"the checkpoint's model settings are not valid: {error}") from None
 
 
 def _tensors(reader: Reader, group: str) -> Tensors:

@@ -208,6 +208,12 @@ def verify(path: Path) -> Header:
     return header
 
 
+def kind_of(path: Path) -> str:
+    """The kind that a container says it is. Raises UserError, DamagedFile."""
+    with reading(path), open_file(path) as raw:
+        return read_header(raw, path).kind
+
+
 def _open_checked(raw: io.FileIO, header: Header, path: Path) -> h5py.File:
     source: io.BytesIO | io.FileIO = raw
     if header.length <= IN_MEMORY_LIMIT:

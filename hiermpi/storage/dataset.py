@@ -113,6 +113,11 @@ class TokenDataset:
         rows = [self._block(tokens, start, start + length) for start in starts]
         return np.array(rows, np.int32).reshape(len(starts), length)
 
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes of tokens that are held in memory."""
+        return sum(tokens.nbytes for tokens in self._tokens.values() if isinstance(tokens, np.ndarray))
+
     def close(self) -> None:
         """Close the file."""
         self._stack.close()

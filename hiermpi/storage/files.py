@@ -1,13 +1,20 @@
 """Files that are whole or absent, and errors of the file system in one sentence."""
 
 import contextlib
+import errno
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from hiermpi.errors import UserError
 
 TEMPORARY_SUFFIX = ".writing"
+ADVICE = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), ": free some there, or name another place"),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), ": name a place that you may use"),
+    errno.ENOENT: ": name one that exists",
+}
 
 
 @contextlib.contextmanager
@@ -16,7 +23,8 @@ def told(path: Path, doing: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(f"cannot {doing} {path}: {error.strerror or error}") from None
+        advice = ADVICE.get(error.errno or 0, "")
+        raise UserError(f"cannot {doing} {path}: {error.strerror or error}{advice}") from None
 
 
 def write_whole(path: Path, write: Callable[[int], None]) -> None:
@@ -39,7 +47,39 @@ def write_whole(path: Path, write: Callable[[int], None]) -> None:
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
             raise
-        sync_folder(path.parent)
+        sync(path.parent)
+
+
+@contextlib.contextmanager
+def whole_path(path: Path) -> Iterator[Path]:
+    """A temporary path beside ``path``, for a file or a folder; what the body makes there takes its place.
+
+    Any failure leaves the old one as it was. Raises OSError.
+    """
+    temporary = path.with_name(f".{path.name}{TEMPORARY_SUFFIX}-{os.getpid()}")
+    aside = path.with_name(f".{path.name}.old-{os.getpid()}")
+    try:
+        yield temporary
+        umask = os.umask(0)
+        os.umask(umask)
+        for made in [*temporary.rglob("*"), temporary] if temporary.is_dir() else [temporary]:
+            made.chmod((0o777 if made.is_dir() else 0o666) & ~umask)  # some libraries write for the owner only
+            sync(made)
+        if path.is_dir() and any(path.iterdir()):
+            path.rename(aside)
+        try:
+            temporary.rename(path)
+        except OSError:
+            if aside.exists():
+                aside.rename(path)
+            raise
+        sync(path.parent)
+    finally:
+        for leftover in (temporary, aside):
+            if leftover.is_dir():
+                shutil.rmtree(leftover, ignore_errors=True)
+            else:
+                leftover.unlink(missing_ok=True)
 
 
 def write_bytes(descriptor: int, data: bytes | memoryview) -> None:
@@ -49,9 +89,9 @@ def write_bytes(descriptor: int, data: bytes | memoryview) -> None:
         rest = rest[os.write(descriptor, rest) :]
 
 
-def sync_folder(folder: Path) -> None:
-    """Have the folder's entries on disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Have a file's bytes, or a folder's entries, on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

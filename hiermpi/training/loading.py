@@ -5,10 +5,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from hiermpi.config.schema import ModelConfig
 from hiermpi.errors import DamagedFile, UserError
 from hiermpi.model.transformer import Transformer, transformer_specs
-from hiermpi.storage.checkpoint import Checkpoint, load_checkpoint
+from hiermpi.storage.checkpoint import Checkpoint, load_checkpoint, model_config
 from hiermpi.storage.run_folder import RunFolder
 
 
@@ -24,13 +23,8 @@ def open_checkpoint(source: Path) -> Checkpoint:
 
 def load_model(checkpoint: Checkpoint, symmetry_group: NDArray[np.uint8] | None = None) -> Transformer:
     """The model of ``checkpoint`` with its parameters. Raises DamagedFile where tensors do not fit the shape."""
-    prefix = "model."
-    shape = {name.removeprefix(prefix): value for name, value in checkpoint.config.items() if name.startswith(prefix)}
-    try:
-        config = ModelConfig(**shape)
-        expected = {spec.name: spec.shape for spec in transformer_specs(config)}
-    except (TypeError, ValueError) as error:
-        raise DamagedFile(f"the checkpoint's model settings are not valid: {error}") from None
+    config = model_config(checkpoint)
+    expected = {spec.name: spec.shape for spec in transformer_specs(config)}
     found = {name: tensor.shape for name, tensor in checkpoint.parameters.items()}
     if found != expected:
         names = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))

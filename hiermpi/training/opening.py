@@ -10,6 +10,7 @@ from pathlib import Path
 from hiermpi.config.loading import load_config
 from hiermpi.config.schema import Config, flatten
 from hiermpi.data.sampling import Sampler
+from hiermpi.data.tokenizers import tokenizer_from_json
 from hiermpi.errors import UsageError
 from hiermpi.model.kernels import load_kernels
 from hiermpi.storage.checkpoint import Checkpoint, load_checkpoint
@@ -107,7 +108,9 @@ def find_checkpoint(folder: RunFolder, resume: str) -> Checkpoint | None:
 
 def require_same_run(config: Config, dataset: TokenDataset, checkpoint: Checkpoint) -> None:
     """Refuse to resume into another model, batch, seed or dataset; log what else has changed."""
-    if checkpoint.dataset_sha256 != dataset.sha256:
+    if not checkpoint.dataset_sha256:
+        require_same_tokens(dataset, checkpoint.tokenizer)
+    elif checkpoint.dataset_sha256 != dataset.sha256:
         raise UsageError(
             f"the run was trained on a dataset with SHA-256 {checkpoint.dataset_sha256[:16]}..., {dataset.path} has "
             f"{dataset.sha256[:16]}...: name the same dataset, or another --run"
@@ -121,6 +124,15 @@ def require_same_run(config: Config, dataset: TokenDataset, checkpoint: Checkpoi
                 f"{name} = {now[name]}, but the run was started with {before}: use the same, or name another --run"
             )
         logger.info("%s changes from %s to %s", name, before, now[name])
+
+
+def require_same_tokens(dataset: TokenDataset, tokenizer: str) -> None:
+    """Refuse an imported model with another tokenizer than the data's. Raises UsageError."""
+    if tokenizer != dataset.tokenizer and tokenizer_from_json(tokenizer).kind != "none":
+        raise UsageError(
+            f"{dataset.path} was prepared with another tokenizer than the imported model's: prepare it with "
+            "--tokenizer-of and the imported checkpoint"
+        )
 
 
 def describe_start(opened: OpenedRun) -> str:

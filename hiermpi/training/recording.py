@@ -7,6 +7,7 @@ from pathlib import Path
 from hiermpi.config.schema import Config, flatten
 from hiermpi.model.transformer import Transformer
 from hiermpi.optimizer.optimizer import Optimizer
+from hiermpi.progress import ProgressBar
 from hiermpi.storage.checkpoint import Checkpoint, CheckpointWriter
 from hiermpi.storage.dataset import TokenDataset
 from hiermpi.storage.run_folder import RunFolder
@@ -32,13 +33,17 @@ class Recorder:
         config: resolved.
         first_step: steps finished before this start.
         phases: of the root.
+        bar: shows the steps.
     """
 
-    def __init__(self, folder: RunFolder, config: Config, first_step: int, phases: Phases) -> None:
+    def __init__(
+        self, folder: RunFolder, config: Config, first_step: int, phases: Phases, bar: ProgressBar
+    ) -> None:
         self.folder = folder
         self.config = config
         self.first_step = first_step
         self.phases = phases
+        self.bar = bar
         self.started = time.perf_counter()
         self.last_loss = float("nan")
         self._before = dict(phases.seconds)
@@ -67,13 +72,17 @@ class Recorder:
         self._before = dict(seconds)
         self._tokens += result.tokens
         self.folder.append_metrics(row)
-        if evaluation is not None or result.step % self.config.train.log_interval == 0 or self._last(result):
+        due = evaluation is not None or result.step % self.config.train.log_interval == 0 or self._last(result)
+        if due:
             self._line(result, evaluation)
+        self.bar.advance(1, f"loss {result.loss:.4f}")
 
     def _last(self, result: StepResult) -> bool:
         return result.step == self.config.train.steps or result.stop
 
     def _line(self, result: StepResult, evaluation: Evaluation | None) -> None:
+        if self.bar.live and evaluation is None and not self._last(result):
+            return  # the bar tells it
         now = time.perf_counter()
         rate = self._tokens / (now - self._since)
         self._tokens, self._since = 0, now

@@ -1,11 +1,13 @@
 """A checkpoint against a dataset: what ``hiermpi evaluate`` does, alone or on ranks."""
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from hiermpi.config.schema import ModelConfig
+from hiermpi.data.tokenizers import tokenizer_from_json
 from hiermpi.errors import UserError
 from hiermpi.model.transformer import Transformer
 from hiermpi.training.batches import EvaluationSource
@@ -16,6 +18,8 @@ if TYPE_CHECKING:
 
     from hiermpi.storage.checkpoint import Checkpoint
     from hiermpi.storage.dataset import TokenDataset
+
+logger = logging.getLogger("hiermpi")
 
 
 class Scored(NamedTuple):
@@ -63,15 +67,24 @@ def score_together(source: Path, data: Path, split: str, world: "MPI.Comm") -> d
 
 def open_scored(source: Path, data: Path, split: str) -> Scored:
     """Open checkpoint and dataset and check that they fit. Raises UserError."""
+    from hiermpi.storage.checkpoint import model_config
     from hiermpi.storage.dataset import open_dataset
     from hiermpi.training.loading import load_model, open_checkpoint
 
     checkpoint = open_checkpoint(source)
     dataset = open_dataset(data)
-    if checkpoint.tokenizer != dataset.tokenizer:
+    without = tokenizer_from_json(checkpoint.tokenizer).kind == "none"
+    if without and dataset.vocab_size > model_config(checkpoint).vocab_size:
+        raise UserError(
+            f"{data} has {dataset.vocab_size} tokens, the model {model_config(checkpoint).vocab_size}: "
+            "evaluate on data of the model's own tokenizer"
+        )
+    if without:
+        logger.warning("%s came without a tokenizer: the token ids of %s are taken as they are", source, data)
+    elif checkpoint.tokenizer != dataset.tokenizer:
         raise UserError(
             f"{data} was prepared with another tokenizer than the data {source} was trained on: "
-            "evaluate on data prepared with the same tokenizer and vocabulary"
+            "prepare it with --tokenizer-of and that data or checkpoint"
         )
     if dataset.length(split) < 2:
         raise UserError(f"{data}: the split {split} has {dataset.length(split)} tokens: at least 2 are needed")

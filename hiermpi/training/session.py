@@ -3,8 +3,9 @@
 import argparse
 import logging
 import os
-import socket
 import sys
+import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -23,6 +24,7 @@ from hiermpi.data.sampling import Sampler
 from hiermpi.errors import EXIT_DONE, EXIT_STOPPED
 from hiermpi.hierarchy.routing import Router
 from hiermpi.hierarchy.symmetry import symmetry_groups
+from hiermpi.model.kernels import load_kernels
 from hiermpi.model.parameters import ParameterLayout
 from hiermpi.model.transformer import Transformer, transformer_specs
 from hiermpi.optimizer.optimizer import Optimizer, OptimizerSettings
@@ -32,7 +34,7 @@ from hiermpi.training.evaluator import Evaluator
 from hiermpi.training.faults import Fault, parse_faults
 from hiermpi.training.phases import Phases
 from hiermpi.training.stopping import StopRequests
-from hiermpi.training.summary import gather_ranks, load_lines, phase_table
+from hiermpi.training.summary import gather_ranks
 from hiermpi.training.trainer import Progress, Trainer
 
 # Rank 0 alone imports the storage layer (opening, recording): h5py is paid once, not once per rank.
@@ -125,6 +127,7 @@ def limit_threads(threads: int, comms: Communicators) -> None:
         from threadpoolctl import threadpool_limits
 
         threadpool_limits(threads, user_api="blas")
+        load_kernels().own_products = False  # they know one thread
         cores = os.cpu_count() or 1
         if comms.rank == 0 and comms.node.size * threads > cores:
             logger.warning(
@@ -186,7 +189,9 @@ class Session:
     def run(self) -> int:
         """Train to the end or to a request to stop; return the exit code."""
         recorder, saver = self._recording()
-        stopped, evaluation = self._loop(recorder, saver)
+        self.started = time.perf_counter()
+        with recorder.bar if recorder else nullcontext():
+            stopped, evaluation = self._loop(recorder, saver)
         if not stopped and evaluation is None:
             evaluation = self.evaluator.evaluate()
             stopped = evaluation is None
@@ -234,39 +239,36 @@ class Session:
     def _finish(
         self, recorder: "Recorder | None", saver: "Saver | None", stopped: bool, evaluation: Evaluation | None
     ) -> None:
-        records = gather_ranks(self.trainer, self.comms, socket.gethostname())
-        if not (records and recorder and saver and self.opened and self.trainer.source):
+        elapsed = time.perf_counter() - self.started
+        records = gather_ranks(self.trainer, self.comms, self.start.step, elapsed)
+        if not (records and recorder and saver and self.opened):
             return
+        from hiermpi.reporting.tables import load_lines, machine_lines, phase_table
+
         folder = self.opened.folder
         folder.write_ranks(records)
         lines = self._result_lines(recorder.last_loss, stopped, evaluation)
-        lines += ["", *phase_table(records)]
-        computes_on_root = self.comms.topology.is_leaf(0)
-        router = self.trainer.source.router
-        lines += load_lines(router.loads.tolist(), computes_on_root)
-        if self.comms.size > 1:
-            share, uniform = router.own_tokens / max(router.tokens, 1), 1 / self.comms.topology.n_groups
-            lines.append(f"{'own-group tokens':20}{share:.1%} (uniform: {uniform:.1%})")
-        lines += ["", f"{'checkpoint':20}{saver.finish()}"]
+        lines += ["", *phase_table(records), *machine_lines(records), *load_lines(records[0])]
+        lines += ["", f"{'checkpoint':22}{saver.finish()}"]
         if stopped:
             folder.clear_stop()
-            lines.append(f"{'next':20}the same command again continues")
+            lines.append(f"{'next':22}the same command again continues")
         else:
             folder.mark_done(f"step {self.progress.step}\n")
-            lines.append(f"{'next':20}hiermpi evaluate {folder.path} --data {self.opened.dataset.path}")
+            lines.append(f"{'next':22}hiermpi evaluate {folder.path} --data {self.opened.dataset.path}")
         print("\n".join(lines))
         sys.stdout.flush()
 
     def _result_lines(self, loss: float, stopped: bool, evaluation: Evaluation | None) -> list[str]:
         progress = self.progress
         what = f"stopped by {self.stopping.reason or 'a signal on another rank'}" if stopped else "done"
-        lines = [f"{what} after step {progress.step} of {self.config.train.steps}", f"{'loss':20}{loss:.4f} nats"]
+        lines = [f"{what} after step {progress.step} of {self.config.train.steps}", f"{'loss':22}{loss:.4f} nats"]
         if evaluation and self.opened:
             dataset = self.opened.dataset
             bits = evaluation.bits_per_byte(dataset.length("val") / max(dataset.val_bytes, 1))
-            lines.append(f"{'validation':20}{evaluation.loss:.4f} nats per token, {bits:.3f} bits per byte")
+            lines.append(f"{'validation':22}{evaluation.loss:.4f} nats per token, {bits:.3f} bits per byte")
         if progress.skipped:
-            lines.append(f"{'skipped steps':20}{progress.skipped}")
+            lines.append(f"{'skipped steps':22}{progress.skipped}")
         return lines
 
     def _stop_requests(self) -> StopRequests:
@@ -332,6 +334,7 @@ class Session:
         if self.opened is None or self.optimizer is None:
             return None, None
         from hiermpi.config.loading import config_to_toml
+        from hiermpi.progress import ProgressBar
         from hiermpi.training.recording import Recorder, Saver
 
         folder, config = self.opened.folder, self.config
@@ -341,6 +344,7 @@ class Session:
         if self.opened.goes_back:
             folder.set_aside_after(self.progress.step)
         folder.truncate_metrics(self.progress.step)
-        recorder = Recorder(folder, config, self.progress.step, self.phases)
+        bar = ProgressBar("training", config.train.steps, self.progress.step, lines=False)
+        recorder = Recorder(folder, config, self.progress.step, self.phases, bar)
         saver = Saver(folder, config, self.opened.dataset, self.model, self.optimizer, self.progress)
         return recorder, saver

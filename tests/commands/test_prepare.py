@@ -5,8 +5,10 @@ import pytest
 
 from hiermpi.cli import parse
 from hiermpi.commands import prepare
+from hiermpi.data.tokenizers import tokenizer_from_json
 from hiermpi.errors import UsageError, UserError
-from hiermpi.preparation import blocks, symmetry_groups_for
+from hiermpi.preparation import preparing
+from hiermpi.preparation.preparing import read_text, symmetry_groups_for
 from hiermpi.storage.dataset import open_dataset
 
 
@@ -63,7 +65,10 @@ def test_force(tmp_path):
         (b"", (), "at least 2 of each"),
         (b"x\0y", (), "is binary"),
         (b"caf\xe9 " * 50, ("--tokenizer", "chars"), "is not UTF-8"),
-        (b"text " * 50, ("--tokenizer", "bpe"), "bpe"),
+        (b"caf\xe9 " * 50, ("--tokenizer", "bpe"), "is not UTF-8"),
+        (b"text " * 50, ("--tokenizer", "bpe", "--vocab-size", "256"), "expected 257"),
+        (b"", ("--tokenizer", "bpe"), "hold no text"),
+        (b"text " * 50, ("--tokenizer-of", "t.txt"), "t.txt"),
         (b"text " * 50, ("--val-fraction", "0"), "--val-fraction 0"),
         (b"text " * 50, ("--symmetry-order", "0"), "--symmetry-order 0"),
         (b"text " * 50, ("--vocab-size", "9"), "--vocab-size"),
@@ -86,10 +91,47 @@ def test_frequency_symmetry_weighs_groups_alike():
     assert (modulo == np.arange(5000) % 12).all()
 
 
-def test_blocks_cut_between_characters(monkeypatch):
-    monkeypatch.setattr("hiermpi.preparation.BLOCK", 5)
-    text = "aé€😀" * 20
-    parts = list(blocks(text.encode()))
-    assert b"".join(parts) == text.encode()
-    assert "".join(part.decode() for part in parts) == text
-    assert b"".join(blocks(b"\x80" * 23)) == b"\x80" * 23
+def test_bpe_ids_are_sorted_by_frequency(tmp_path):
+    text = "".join(f"the cat {i % 7} sat on the mat, the {i % 13} times\n" for i in range(400))
+    (tmp_path / "t.txt").write_text(text)
+    data = make(tmp_path, tmp_path / "t.txt", "--tokenizer", "bpe", "--vocab-size", "300")
+    assert 257 < data.vocab_size <= 300
+    assert (np.diff(data.counts) <= 0).all()
+    assert data.counts.sum() == data.length("train") + data.length("val")
+    tokenizer = tokenizer_from_json(data.tokenizer)
+    ids = data.read("train", np.array([0]), data.length("train"))[0]
+    assert text.encode().startswith(tokenizer.decode(ids))
+    assert len(ids) < len(tokenizer.decode(ids)) / 2
+    assert tokenizer.encode("ä😀 unseen".encode()).max() < data.vocab_size
+
+
+def test_bpe_is_the_same_every_time(tmp_path):
+    (tmp_path / "t.txt").write_text("".join(f"{i * i} words and {i} numbers\n" for i in range(2000)))
+    options = ("--tokenizer", "bpe", "--vocab-size", "400", "--force")
+    assert make(tmp_path, tmp_path / "t.txt", *options).sha256 == make(tmp_path, tmp_path / "t.txt", *options).sha256
+
+
+def test_the_tokenizer_of_another_dataset(tmp_path):
+    (tmp_path / "t.txt").write_text("abcabcabd " * 100)
+    first = make(tmp_path, tmp_path / "t.txt", "--tokenizer", "bpe", "--vocab-size", "270")
+    first.path.rename(tmp_path / "first.h5")
+    (tmp_path / "u.txt").write_text("abdabd " * 100)
+    second = make(tmp_path, tmp_path / "u.txt", "--tokenizer-of", tmp_path / "first.h5")
+    assert second.tokenizer == first.tokenizer
+    assert tokenizer_from_json(second.tokenizer).decode(second.read("val", np.array([0]), 5)[0]) in b"abdabd " * 9
+
+
+def test_a_file_that_vanishes_leaves_nothing(tmp_path, monkeypatch):
+    root = tmp_path / "texts"
+    root.mkdir()
+    for name in ("a", "b"):
+        (root / name).write_text("text " * 100)
+
+    def vanish(documents, what):
+        yield from read_text(documents, what)
+        (root / "b").unlink()
+
+    monkeypatch.setattr(preparing, "read_text", vanish)
+    with pytest.raises(UserError, match=r"cannot read .*b: No such file"):
+        make(tmp_path, root, "--tokenizer", "chars")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["texts"]

@@ -7,6 +7,7 @@ import sys
 import pytest
 from launch import environment, run
 
+from hiermpi.cli import COMMANDS
 from runs import TINY, make_dataset
 
 
@@ -104,7 +105,7 @@ def test_plan_answers_without_mpi(ranks):
 
 def test_help_and_commands_of_one_process_work_without_mpi(trained):
     folder, _ = trained
-    for command in ("prepare", "train", "evaluate", "generate", "plan", "bench", "verify", "info"):
+    for command in COMMANDS:
         result = without_mpi4py(command, "--help")
         assert result.returncode == 0, result.stderr
         assert "example:" in result.stdout

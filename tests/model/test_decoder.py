@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from hiermpi.config.schema import ModelConfig
-from hiermpi.model.decoder import Decoder, generate, sample
+from hiermpi.model.decoder import Decoder, Sampling, generate, sample
 from hiermpi.model.transformer import Transformer
 
 
@@ -41,17 +41,27 @@ def test_a_long_prompt_keeps_its_end(model):
 
 
 def test_same_seed_same_tokens(model):
-    one, two, other = (list(generate(model, [1], 15, seed)) for seed in (5, 5, 6))
+    one, two, other = (list(generate(model, [1], 15, seed, Sampling())) for seed in (5, 5, 6))
     assert one == two != other
-    greedy = list(generate(model, [1], 5, 0, temperature=0.0))
-    assert greedy == list(generate(model, [1], 5, 9, temperature=0.0))
+    greedy = list(generate(model, [1], 5, 0, Sampling(temperature=0.0)))
+    assert greedy == list(generate(model, [1], 5, 9, Sampling(temperature=0.0)))
 
 
 def test_sampling_follows_the_distribution():
     generator = np.random.default_rng(0)
     logits = np.log(np.array([0.1, 0.2, 0.3, 0.4]))
-    counts = np.bincount([sample(logits, generator) for _ in range(4000)], minlength=4)
+    counts = np.bincount([sample(logits, generator, Sampling()) for _ in range(4000)], minlength=4)
     assert np.allclose(counts / 4000, [0.1, 0.2, 0.3, 0.4], atol=0.03)
-    among_two = {sample(logits, generator, top_k=2) for _ in range(100)}
+    among_two = {sample(logits, generator, Sampling(top_k=2)) for _ in range(100)}
     assert among_two == {2, 3}
-    assert sample(logits, generator, temperature=0.0) == 3
+    assert sample(logits, generator, Sampling(temperature=0.0)) == 3
+    assert {sample(logits, generator, Sampling(top_p=0.65)) for _ in range(200)} == {2, 3}
+    assert {sample(logits, generator, Sampling(top_p=0.75)) for _ in range(200)} == {1, 2, 3}
+    assert {sample(logits, generator, Sampling(top_p=1e-9)) for _ in range(20)} == {3}
+    hot = np.bincount([sample(logits, generator, Sampling(temperature=2.0)) for _ in range(4000)], minlength=4)
+    expected = np.sqrt([0.1, 0.2, 0.3, 0.4])
+    assert np.allclose(hot / 4000, expected / expected.sum(), atol=0.03)
+
+
+def test_spare_rows_are_never_chosen(model):
+    assert max(generate(model, [1], 40, 0, Sampling(temperature=50.0), vocab_size=4)) < 4

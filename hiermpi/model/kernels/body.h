@@ -20,19 +20,41 @@ INLINE void NAME(store_part)(float *p, VEC x, long n) { memcpy(p, &x, 4 * (size_
 INLINE VEC NAME(splat)(float x) { return x - (VEC){0}; }
 INLINE VEC NAME(choose)(VECI mask, VEC yes, VEC no) { return (VEC)((mask & (VECI)yes) | (~mask & (VECI)no)); }
 INLINE VEC NAME(larger)(VEC a, VEC b) { return NAME(choose)(a > b, a, b); }
+/* Halves are added, then their halves: s[i] += s[i + W / 2] and so on down to one. */
 INLINE float NAME(sum)(VEC x) {
-    float s[W];
-    memcpy(s, &x, 4 * W);
-    for (int width = W / 2; width; width /= 2)
-        for (int i = 0; i < width; i++) s[i] += s[i + width];
-    return s[0];
+#if W == 16
+    vec8 low, high;
+    memcpy(&low, &x, 32);
+    memcpy(&high, (char *)&x + 32, 32);
+    low += high;
+#elif W == 8
+    vec8 low = x;
+#endif
+#if W >= 8
+    vec4 a, b;
+    memcpy(&a, &low, 16);
+    memcpy(&b, (char *)&low + 16, 16);
+    a += b;
+#else
+    vec4 a = x;
+#endif
+    a += __builtin_shuffle(a, (veci4){2, 3, 0, 1});
+    return a[0] + a[1];
+}
+INLINE vec4 NAME(larger4)(vec4 a, vec4 b) {
+    const veci4 mask = a > b;
+    return (vec4)((mask & (veci4)a) | (~mask & (veci4)b));
 }
 INLINE float NAME(largest)(VEC x) {
-    float s[W];
-    memcpy(s, &x, 4 * W);
-    float m = s[0];
-    for (int i = 1; i < W; i++) m = s[i] > m ? s[i] : m;
-    return m;
+    vec4 a, b, c;
+    memcpy(&a, &x, 16);
+    for (int i = 4; i < W; i += 4) {
+        memcpy(&b, (char *)&x + 4 * i, 16);
+        a = NAME(larger4)(b, a);
+    }
+    c = __builtin_shuffle(a, (veci4){2, 3, 0, 1});
+    a = NAME(larger4)(c, a);
+    return a[1] > a[0] ? a[1] : a[0];
 }
 
 /* exp(x), relative error below 2e-7, by Cody-Waite reduction and a minimax polynomial. NaN gives NaN; the argument is

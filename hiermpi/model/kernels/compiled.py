@@ -8,13 +8,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hiermpi.model.dropout import kept_scale
-from hiermpi.model.kernels.reference import NO_KEYS, padded
+from hiermpi.model.kernels.reference import NO_KEYS, ReferenceKernels, padded
 from hiermpi.model.parameters import aligned_empty
 
 Array = NDArray[np.float32]
 
+OWN_PRODUCTS = frozenset({"avx512"})
+"""Levels at which the products of product.h are faster than OpenBLAS's: see hiermpi bench kernels."""
+PANEL_COLUMNS = 48
+"""Columns of the widest panel in product.h."""
+
 _TYPES: dict[str, Any] = {"p": ctypes.c_void_p, "l": ctypes.c_long, "u": ctypes.c_uint32, "f": ctypes.c_float}
-SIGNATURES = {  # p: address, l: long, u: uint32, f: float; as in body.h
+SIGNATURES = {  # p: address, l: long, u: uint32, f: float; as in product.h and body.h
+    "product": "pppp lll lll ll l",
     "embed_forward": "pppp lll",
     "embed_backward": "pppp lll",
     "norm_forward": "pppppp ll",
@@ -50,6 +56,21 @@ class CompiledKernels:
             function.restype = ctypes.c_double if name == "cross_entropy" else None
             self._call[name] = function
         self._scratch = aligned_empty(0, np.float32)
+        self._panel = aligned_empty(0, np.float32)
+        self._blas = ReferenceKernels()
+        self.own_products = level in OWN_PRODUCTS
+        """Whether products are computed here, on one thread, or by numpy's BLAS."""
+
+    def product(self, out: Array, a: Array, b: Array, add: bool = False) -> None:
+        if not self.own_products:
+            self._blas.product(out, a, b, add)
+            return
+        rows, inner = a.shape
+        columns = b.shape[1]
+        if self._panel.size < inner * PANEL_COLUMNS:
+            self._panel = aligned_empty(inner * PANEL_COLUMNS, np.float32)
+        strides = (out.strides[0] >> 2, a.strides[0] >> 2, a.strides[1] >> 2, b.strides[0] >> 2, b.strides[1] >> 2)
+        self._call["product"](at(out), at(a), at(b), at(self._panel), rows, columns, inner, *strides, add)
 
     def embed_forward(self, x: Array, inputs: NDArray[np.int32], wte: Array, wpe: Array) -> None:
         self._call["embed_forward"](at(x), at(inputs), at(wte), at(wpe), x.shape[0], inputs.shape[1], x.shape[1])

@@ -23,11 +23,13 @@ VECTORS(16)
 #define W 4
 #define ROWS 4
 #define VECS 2
+#define PROWS 4
 #define VEC vec4
 #define VECU vecu4
 #define VECI veci4
 #define VECN vecn4
 #include "body.h"
+#include "product.h"
 #include "undefine.h"
 
 #if defined(__x86_64__)
@@ -38,11 +40,13 @@ VECTORS(16)
 #define W 8
 #define ROWS 4
 #define VECS 2
+#define PROWS 4
 #define VEC vec8
 #define VECU vecu8
 #define VECI veci8
 #define VECN vecn8
 #include "body.h"
+#include "product.h"
 #include "undefine.h"
 #pragma GCC pop_options
 
@@ -52,11 +56,13 @@ VECTORS(16)
 #define W 16
 #define ROWS 8
 #define VECS 2
+#define PROWS 8
 #define VEC vec16
 #define VECU vecu16
 #define VECI veci16
 #define VECN vecn16
 #include "body.h"
+#include "product.h"
 #include "undefine.h"
 #pragma GCC pop_options
 

@@ -32,6 +32,21 @@ class ReferenceKernels:
 
     name = "numpy"
 
+    def __init__(self) -> None:
+        self._products = np.empty(0)
+        self.own_products = False
+
+    def product(self, out: Array, a: Array, b: Array, add: bool = False) -> None:
+        """Out (M, N) = a (M, K) b (K, N), or added to out; a and b are C-contiguous or transposes of such."""
+        if not add:
+            np.matmul(a, b, out=out)
+            return
+        if self._products.size < out.size or self._products.dtype != out.dtype:
+            self._products = np.empty(out.size, out.dtype)
+        product = self._products[: out.size].reshape(out.shape)
+        np.matmul(a, b, out=product)
+        out += product
+
     def embed_forward(self, x: Array, inputs: NDArray[np.int32], wte: Array, wpe: Array) -> None:
         """X (N, C) = wte[inputs] + wpe[position]; inputs (B, T) rows of wte (V, C); wpe (>= T, C)."""
         batch, length = inputs.shape

@@ -2,6 +2,7 @@
 #undef W
 #undef ROWS
 #undef VECS
+#undef PROWS
 #undef VEC
 #undef VECU
 #undef VECI

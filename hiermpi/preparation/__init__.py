@@ -1,0 +1,1 @@
+"""Text to dataset: what ``hiermpi prepare`` does, alone or on ranks."""

@@ -1,0 +1,1 @@
+"""What was made and how it went, told: ``hiermpi inspect`` and ``hiermpi report``."""
