@@ -12,7 +12,7 @@ DATA=${DATA:-data.h5}        # made by hiermpi prepare
 RUN=${RUN:-runs/local}       # run folder, new or to be continued
 CONFIG=${CONFIG:-}           # TOML file of settings
 FLAGS=${FLAGS:-}             # further flags of hiermpi train, separated by spaces
-RANKS=${RANKS:-$(nproc)}
+RANKS=${RANKS:-$(lscpu --parse=CORE,SOCKET | grep -v "^#" | sort -u | wc -l)} # one per core
 MPIRUN=${MPIRUN:-mpirun}     # the launcher and its flags; MPICH: "mpiexec -disable-auto-cleanup"
 
 if [ -n "$MODULES" ]; then

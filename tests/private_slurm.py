@@ -83,7 +83,7 @@ class Cluster:
     def __init__(self, folder):
         self.folder = folder
         self.names = [f"node{i}" for i in range(NODES)]
-        self.environment = {**os.environ, "SLURM_CONF": str(folder / "slurm.conf")}
+        self.environment = {**os.environ, "SLURM_CONF": str(folder / "slurm.conf"), "TMPDIR": str(folder / "tmp")}
 
     def start(self):
         """Start the daemons and wait for the nodes."""
@@ -97,6 +97,7 @@ class Cluster:
         )
         (self.folder / "slurm.conf").write_text(text)
         (self.folder / "state").mkdir()
+        (self.folder / "tmp").mkdir()
         self.ask("slurmctld")
         for name in self.names:
             (self.folder / f"tmp-{name}").mkdir()
@@ -106,31 +107,34 @@ class Cluster:
     def boot(self, name):
         """Start the daemon of a node."""
         self.ask("unshare", "--uts", "sh", "-c", f"hostname {name} && exec slurmd -N {name}")
+        wait_until(lambda: self.pid_file(name).exists() and self.pid_file(name).read_text(), 10, f"{name} is up")
+
+    def pid_file(self, name):
+        """Where the daemon of a node writes its pid."""
+        return self.folder / f"slurmd-{name}.pid"
 
     def lose(self, name):
         """Kill every process of a node at once, as if its power were cut."""
-        pid = int((self.folder / f"slurmd-{name}.pid").read_text())
+        pid = int(self.pid_file(name).read_text())
         namespace = os.readlink(f"/proc/{pid}/ns/uts")
         for process in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):  # gone in the meantime
                 if os.readlink(process / "ns" / "uts") == namespace:
                     os.kill(int(process.name), signal.SIGKILL)
-        for left in (self.folder / f"spool-{name}").glob("*.*"):
+        for left in (self.pid_file(name), *(self.folder / f"spool-{name}").glob("*.*")):
             left.unlink()
 
     def stop(self):
         """End every job and every daemon."""
-        self.ask("scancel", "--user=root", check=False)
         try:
+            self.ask("scancel", "--user=root", check=False)
             wait_until(lambda: not self.ask("squeue", "-h", check=False), 15, "all jobs have ended")
         finally:
             stop_daemons(self.folder.glob("*.pid"))
 
     def ask(self, *words, check=True):
         """What a command of SLURM prints."""
-        result = subprocess.run(
-            words, env=self.environment, capture_output=True, text=True, timeout=30, check=False
-        )
+        result = subprocess.run(words, env=self.environment, capture_output=True, text=True, timeout=30, check=False)
         assert not check or result.returncode == 0, f"{words}: {result.stdout}{result.stderr}"
         return result.stdout.strip()
 
@@ -156,9 +160,9 @@ class Cluster:
 
         def ended():
             job = self.job(number)
-            if job["JobState"] == "PENDING" and job["Restarts"] != "0" and not steps_of(number):
+            if job["JobState"] == "PENDING" and job["Restarts"] != "0" and not steps_of(job["JobId"]):
                 time.sleep(2)  # a start within a second of the last one's end is refused: "Job credential revoked"
-                self.ask("scontrol", "update", f"JobId={number}", "StartTime=now", check=False)
+                self.ask("scontrol", "update", f"JobId={job['JobId']}", "StartTime=now", check=False)
             return job if job["JobState"] in ENDED else None
 
         return wait_until(ended, seconds, f"job {number} has ended")
@@ -175,7 +179,7 @@ def steps_of(number):
 
 def stop_daemons(pid_files, seconds=10):
     """End the daemons that wrote these pid files, and wait until they are gone."""
-    pids = [int(file.read_text()) for file in pid_files]
+    pids = [int(text) for text in (file.read_text() for file in pid_files) if text]
     for number in (signal.SIGTERM, signal.SIGKILL):
         for pid in pids:
             with contextlib.suppress(ProcessLookupError):
