@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import NoReturn, TextIO
 
-from hiermpi import __version__
+from hiermpi import __version__, early
 from hiermpi.errors import EXIT_ERROR, UsageError, UserError
 
 COMMANDS = (
@@ -195,6 +195,8 @@ def main(argv: Sequence[str]) -> int:
     for variable in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ[variable] = "1"
     set_up_logging(launched_rank())
+    if argv and argv[0] == "train" and needs_mpi(argv):
+        early.listen()
     if needs_mpi(argv):
         run_together(argv)
     return run_alone(argv)

@@ -187,6 +187,6 @@ def describe(out: Path, tokenizer: Tokenizer, spool: Spool) -> str:
             f"{'tokens':14}{tokens['train']:,} for training, {tokens['val']:,} for validation",
             f"{'vocabulary':14}{tokenizer.vocab_size:,} {tokenizer.kind}"
             + (f", {per_token:.2f} bytes per token" if tokenizer.kind != "bytes" else ""),
-            f"{'next':14}mpirun -n 4 hiermpi train --data {out} --run runs/first",
+            f"{'next':14}mpirun -n 2 hiermpi train --data {out} --run runs/first",
         ]
     )

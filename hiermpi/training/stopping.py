@@ -5,6 +5,8 @@ import time
 from collections.abc import Callable
 from types import FrameType
 
+from hiermpi import early
+
 FILE_CHECK_SECONDS = 0.5
 STOP_SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 
@@ -20,7 +22,8 @@ class StopRequests:
     def __init__(
         self, stop_file_exists: Callable[[], bool] = lambda: False, seconds: float = float("inf")
     ) -> None:
-        self.reason = ""
+        self.reason = signal.Signals(early.received[0]).name if early.received else ""
+        early.received.clear()
         self._stop_file_exists = stop_file_exists
         self._deadline = time.monotonic() + seconds
         self._next_check = 0.0

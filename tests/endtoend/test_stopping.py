@@ -2,6 +2,7 @@
 
 import signal
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -66,3 +67,14 @@ def test_ctrl_c_on_one_rank_saves(data, tmp_path):
     result = finish(process, 30)
     assert result.returncode == 75, result.stderr
     assert last_checkpoint(folder).step >= 1
+
+
+def test_a_signal_while_the_program_is_loaded_is_not_lost(data, tmp_path):
+    process = start("train", "--data", data, "--run", tmp_path / "run", *TINY, "--train.steps", 100_000)
+    libraries, deadline = Path(f"/proc/{process.pid}/maps"), time.monotonic() + 20
+    while "libmpi" not in libraries.read_text() and time.monotonic() < deadline:
+        time.sleep(0.001)
+    process.send_signal(signal.SIGUSR1)
+    result = finish(process)
+    assert result.returncode == 75, result.stderr
+    assert "stopped by SIGUSR1 after step 1 of" in result.stdout
