@@ -7,7 +7,10 @@ from typing import Any
 
 
 def interleaved(
-    methods: Mapping[str, Callable[[], object]], rounds: int, between: Callable[[], None] = lambda: None
+    methods: Mapping[str, Callable[[], object]],
+    rounds: int,
+    between: Callable[[], None] = lambda: None,
+    warm_up: Mapping[str, Callable[[], object]] | None = None,
 ) -> dict[str, list[float]]:
     """Seconds of each call, ``rounds`` of each method, the methods taking turns so that noise falls on all alike.
 
@@ -15,11 +18,14 @@ def interleaved(
         methods: what to time; each is called once untimed first.
         rounds: timed calls of each.
         between: called before each call (a barrier, on several ranks).
+        warm_up: what to do untimed right before each call: while the others had their turns, caches and pages went.
     """
     seconds: dict[str, list[float]] = {name: [] for name in methods}
     for turn in range(rounds + 1):
         for name, method in methods.items():
             between()
+            if warm_up is not None:
+                warm_up[name]()
             start = time.perf_counter()
             method()
             if turn:

@@ -8,6 +8,7 @@ the result.
 
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -33,7 +34,11 @@ from hiermpi.training.stopping import StopRequests
 from hiermpi.training.trainer import Progress, Trainer
 
 CORPUS_TOKENS = 1 << 20
+Steps = Callable[[int], None]
+"""Does so many steps."""
+
 TURN_SECONDS = 0.4
+WARM_UP_STEPS = 2
 SETTLING_SECONDS = 0.25
 """Before each turn: the threads of PyTorch's OpenMP go on spinning for a while when their work is done."""
 
@@ -105,23 +110,28 @@ def bench_step(config: Config, world: MPI.Comm, rounds: int = 12, peers: bool = 
         trainers["hiermpi numpy kernels"] = make_trainer(config, comms, load_kernels("numpy"))
     steps = steps_per_turn(trainers["hiermpi"], comms)
 
-    def stepping(trainer: Trainer) -> Callable[[], None]:
-        def some_steps() -> None:
-            for _ in range(steps):
+    def stepping(trainer: Trainer) -> Steps:
+        def some_steps(count: int) -> None:
+            for _ in range(count):
                 trainer.step()
 
         return some_steps
 
-    methods: dict[str, Callable[[], None]] = {name: stepping(trainer) for name, trainer in trainers.items()}
-    methods["sgemm"] = _sgemm(config, comms, steps)
-    notes = _add_peers(methods, config, comms, steps) if peers else ["no peer was asked for"]
+    methods: dict[str, Steps] = {name: stepping(trainer) for name, trainer in trainers.items()}
+    methods["sgemm"] = _sgemm(config, comms)
+    notes = _add_peers(methods, config, comms) if peers else ["no peer was asked for"]
 
     def settle() -> None:
         comms.waiter.wait(comms.world.Ibarrier())
         time.sleep(SETTLING_SECONDS)
         comms.waiter.wait(comms.world.Ibarrier())
 
-    seconds = interleaved(methods, rounds, settle)
+    seconds = interleaved(
+        {name: partial(method, steps) for name, method in methods.items()},
+        rounds,
+        settle,
+        {name: partial(method, WARM_UP_STEPS) for name, method in methods.items()},
+    )
     tokens = config.train.batch_size * config.model.context_length
     flops = flops_per_token(config.model) * tokens
     rows = [
@@ -156,28 +166,28 @@ def steps_per_turn(trainer: Trainer, comms: Communicators) -> int:
     return broadcast_object(comms.world, max(1, min(20, round(TURN_SECONDS / seconds))), comms.waiter)
 
 
-def _sgemm(config: Config, comms: Communicators, steps: int) -> Callable[[], None]:
+def _sgemm(config: Config, comms: Communicators) -> Steps:
     """The model's flops of a step as one large product per rank: what the machine's BLAS reaches at these widths."""
     width = config.model.n_embd
     rows = max(1, config.train.batch_size * config.model.context_length // comms.size)
     a = np.ones((rows, width), np.float32)
     b, out = np.ones((width, 4 * width), np.float32), np.empty((rows, 4 * width), np.float32)
-    flops = flops_per_token(config.model) * rows * steps
+    flops = flops_per_token(config.model) * rows
     repeats = max(1, round(flops / (2.0 * rows * width * 4 * width)))
 
-    def multiply() -> None:
-        for _ in range(repeats):
+    def multiply(count: int) -> None:
+        for _ in range(count * repeats):
             np.matmul(a, b, out=out)
 
     return multiply
 
 
-def _add_peers(methods: dict[str, Callable[[], None]], config: Config, comms: Communicators, steps: int) -> list[str]:
+def _add_peers(methods: dict[str, Steps], config: Config, comms: Communicators) -> list[str]:
     """Add what PyTorch can do here to ``methods``; tell what was tried. Collective over the world."""
     try:
         from hiermpi.benchmarks.torch_peer import torch_methods
     except ImportError:
         return ["PyTorch is not installed (pip install torch): no peer was measured"]
-    made, notes = torch_methods(config, comms, steps)
+    made, notes = torch_methods(config, comms)
     methods.update(made)
     return notes

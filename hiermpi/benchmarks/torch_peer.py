@@ -60,9 +60,9 @@ class Peer(nn.Module):
         return functional.cross_entropy(logits.view(-1, logits.shape[-1]), targets.view(-1))
 
 
-def torch_methods(config: Config, comms: Communicators, steps: int) -> tuple[dict[str, Callable[[], None]], list[str]]:
+def torch_methods(config: Config, comms: Communicators) -> tuple[dict[str, Callable[[int], None]], list[str]]:
     """The forms that work here, and a line on each that was tried. Collective over the world."""
-    methods: dict[str, Callable[[], None]] = {}
+    methods: dict[str, Callable[[int], None]] = {}
     notes = [f"PyTorch {torch.__version__}"]
     cores = min(usable_cores(), os.cpu_count() or 1)
     share = max(1, config.train.batch_size // comms.size)
@@ -73,20 +73,20 @@ def torch_methods(config: Config, comms: Communicators, steps: int) -> tuple[dic
             "gloo", init_method=f"tcp://{host}:{port}", rank=comms.rank, world_size=comms.size
         )
         parallel = nn.parallel.DistributedDataParallel(Peer(config.model))
-        methods["torch DDP"] = stepping(parallel, config, share, steps, 1)
+        methods["torch DDP"] = stepping(parallel, config, share, 1)
         notes.append(f"torch DDP over gloo: {comms.size} processes of 1 thread")
     for compiled in (False, True):
         name = "torch compiled" if compiled else "torch"
         if comms.rank != 0:
-            methods[name] = lambda: None
+            methods[name] = nothing
             continue
         model = Peer(config.model)
-        call = stepping(compile_module(model) if compiled else model, config, config.train.batch_size, steps, cores)
+        call = stepping(compile_module(model) if compiled else model, config, config.train.batch_size, cores)
         try:
-            call()
+            call(1)
         except Exception as error:  # noqa: BLE001  (a compiler may be missing; then this form is not a peer)
             notes.append(f"{name}: not measured ({type(error).__name__})")
-            call = lambda: None  # noqa: E731
+            call = nothing
         else:
             notes.append(f"{name}: one process of {cores} threads")
         methods[name] = call
@@ -96,8 +96,8 @@ def torch_methods(config: Config, comms: Communicators, steps: int) -> tuple[dic
     return {name: call for name, call in methods.items() if name not in usable}, notes
 
 
-def stepping(model: nn.Module, config: Config, sequences: int, steps: int, threads: int) -> Callable[[], None]:
-    """``steps`` training steps of ``sequences`` sequences with a fused AdamW."""
+def stepping(model: nn.Module, config: Config, sequences: int, threads: int) -> Callable[[int], None]:
+    """Does training steps of ``sequences`` sequences with a fused AdamW."""
     settings = config.optimizer
     optimizer = torch.optim.AdamW(
         model.parameters(),
@@ -109,9 +109,9 @@ def stepping(model: nn.Module, config: Config, sequences: int, steps: int, threa
     shape = (sequences, config.model.context_length)
     inputs, targets = (torch.randint(config.model.vocab_size, shape) for _ in range(2))
 
-    def some_steps() -> None:
+    def some_steps(count: int) -> None:
         torch.set_num_threads(threads)
-        for _ in range(steps):
+        for _ in range(count):
             optimizer.zero_grad(set_to_none=True)
             model(inputs, targets).backward()
             nn.utils.clip_grad_norm_(model.parameters(), config.train.grad_clip or 1e9)
@@ -131,3 +131,7 @@ def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("", 0))
         return listener.getsockname()[1]
+
+
+def nothing(count: int) -> None:
+    """What a rank does in the turn of a form that runs elsewhere, or not at all."""

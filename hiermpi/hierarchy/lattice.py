@@ -1,0 +1,53 @@
+"""The lattice: each token's neighbours among the symmetry classes, and what pulls their embeddings together.
+
+For the token at place q of class r (its place among the tokens of its class in the order of their ids), the neighbours
+are the tokens at place q of every other class, its shell, and its partner, the token at place q XOR 1 of its own class,
+where they exist: at most 12 for the symmetry order 12, the kissing number of spheres in three dimensions. The relation
+is symmetric. The coupling adds
+
+    loss(E) = coupling / 4 * sum over t of sum over neighbours n of t of |E_t - E_n|^2
+
+whose gradient in row t is coupling * ((k + 1) E_t - (sum over the shell, t included) - E_partner), k being the number
+of neighbours. The table is class-major (:mod:`hiermpi.hierarchy.symmetry`), so classes are slices of rows.
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+class Lattice:
+    """The neighbours in a class-major table.
+
+    Args:
+        class_bounds: (S + 1,) rows at which the classes begin, and V.
+    """
+
+    def __init__(self, class_bounds: NDArray[np.int64]) -> None:
+        self.bounds = [int(bound) for bound in class_bounds]
+        sizes = np.diff(class_bounds)
+        self.deepest = int(sizes.max(initial=0))
+        shell = (sizes[:, None] > np.arange(self.deepest)).sum(axis=0)  # (Q,) classes that have a place q
+        self._factors = []
+        """For each class (n, 1): k + 1."""
+        for size in sizes:
+            place = np.arange(size)
+            neighbours = shell[:size] - 1 + ((place ^ 1) < size)
+            self._factors.append((neighbours + 1.0)[:, None])
+
+    def add_gradient(self, out: NDArray[np.floating], table: NDArray[np.floating], coupling: float) -> float:
+        """Add the gradient to ``out`` (V, C); return the loss, for the (V, C) ``table``. O(V C)."""
+        shells = np.zeros((self.deepest, table.shape[1]), table.dtype)
+        for start, stop in zip(self.bounds[:-1], self.bounds[1:], strict=True):
+            shells[: stop - start] += table[start:stop]
+        twice = 0.0
+        for factor, start, stop in zip(self._factors, self.bounds[:-1], self.bounds[1:], strict=True):
+            rows = table[start:stop]
+            pull = rows * factor.astype(table.dtype)
+            pull -= shells[: stop - start]
+            even = (stop - start) & ~1  # places 2i and 2i + 1 are partners; a last odd one has none
+            pairs, pulled = rows[:even].reshape(-1, 2, rows.shape[1]), pull[:even].reshape(-1, 2, rows.shape[1])
+            pulled -= pairs[:, ::-1]
+            twice += float(np.vdot(rows, pull))
+            pull *= table.dtype.type(coupling)
+            out[start:stop] += pull
+        return 0.5 * coupling * twice
