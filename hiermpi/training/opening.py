@@ -139,6 +139,8 @@ def describe_start(opened: OpenedRun) -> str:
     """One line: afresh, or from where."""
     if opened.checkpoint is None:
         return f"starting {opened.folder.path}"
+    if not opened.checkpoint.dataset_sha256:
+        return f"starting {opened.folder.path} from an imported model"
     return f"continuing {opened.folder.path} after step {opened.checkpoint.step} of {opened.config.train.steps}"
 
 
