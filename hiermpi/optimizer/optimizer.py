@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hiermpi.config.schema import OptimizerConfig
+from hiermpi.hierarchy.lattice import Lattice
 from hiermpi.model.kernels import Kernels
 from hiermpi.model.parameters import ParameterBuffer
 from hiermpi.optimizer.adamw import adamw_update
@@ -42,6 +43,7 @@ class Optimizer:
         settings: see :class:`OptimizerSettings`.
         class_bounds: row offsets of the symmetry classes; the norm's blocks never cross them.
         kernels: by default the environment's.
+        coupling: of the token table's rows to their neighbours in the lattice; needs ``class_bounds``.
     """
 
     def __init__(
@@ -50,6 +52,7 @@ class Optimizer:
         settings: OptimizerSettings,
         class_bounds: NDArray[np.int64] | None = None,
         kernels: Kernels | None = None,
+        coupling: float = 0.0,
     ) -> None:
         self.kernels = kernels
         self.parameters = parameters
@@ -58,9 +61,21 @@ class Optimizer:
         self.v = parameters.new_vector()
         self.count = 0
         """Updates applied so far, Adam's t."""
+        self.coupling = coupling
+        self.lattice_loss = 0.0
+        """Of the last :meth:`couple`; not part of the loss."""
+        self._lattice = Lattice(class_bounds) if coupling and class_bounds is not None else None
+        self._table = next((spec.name for spec in parameters.specs if spec.symmetry_rows), None)
         self._blocks = norm_blocks(parameters, class_bounds)
         self._sums = np.zeros(len(self._blocks))
         self._decay_ranges = tuple(parameters.decay_ranges())
+
+    def couple(self, gradients: NDArray[np.float32], n_tokens: int) -> None:
+        """Add the lattice's gradient to the gradient sums: ``n_tokens`` of it, as they are divided by that later."""
+        if self._lattice is None or self._table is None:
+            return
+        out, table = self.parameters.views(gradients)[self._table], self.parameters[self._table]
+        self.lattice_loss = self._lattice.add_gradient(out, table, self.coupling * n_tokens) / n_tokens
 
     def gradient_norm(self, gradients: NDArray[np.float32], n_tokens: int) -> float:
         """L2 norm of the mean gradient, from gradient sums; not finite where any element is not."""

@@ -71,8 +71,6 @@ def refuse_unavailable(config: Config) -> None:
         if value == unavailable:
             shown = str(value).lower() if isinstance(value, bool) else value
             raise UsageError(f"{name} = {shown} is not available in this version: {instead}")
-    if config.lattice.coupling:
-        raise UsageError("lattice.coupling is not available in this version: leave it 0")
 
 
 def fit_to_data(config: Config, dataset: TokenDataset) -> Config:

@@ -34,16 +34,24 @@ class Recorder:
         first_step: steps finished before this start.
         phases: of the root.
         bar: shows the steps.
+        optimizer: knows the lattice's loss.
     """
 
     def __init__(
-        self, folder: RunFolder, config: Config, first_step: int, phases: Phases, bar: ProgressBar
+        self,
+        folder: RunFolder,
+        config: Config,
+        first_step: int,
+        phases: Phases,
+        bar: ProgressBar,
+        optimizer: Optimizer,
     ) -> None:
         self.folder = folder
         self.config = config
         self.first_step = first_step
         self.phases = phases
         self.bar = bar
+        self.optimizer = optimizer
         self.started = time.perf_counter()
         self.last_loss = float("nan")
         self._before = dict(phases.seconds)
@@ -65,6 +73,8 @@ class Recorder:
         }
         if evaluation is not None:
             row["val_loss"] = evaluation.loss
+        if self.optimizer.coupling:
+            row["lattice_loss"] = self.optimizer.lattice_loss
         if not result.applied:
             row["skipped"] = True
         else:

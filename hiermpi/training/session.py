@@ -300,7 +300,8 @@ class Session:
         """Moments and parameters, from the checkpoint or initialised (root only)."""
         assert self.opened is not None
         model, saved = self.model, self.opened.checkpoint
-        optimizer = Optimizer(model.parameters, self.settings, model.symmetry.class_bounds)
+        bounds, coupling = model.symmetry.class_bounds, self.config.lattice.coupling
+        optimizer = Optimizer(model.parameters, self.settings, bounds, coupling=coupling)
         if saved is None:
             model.initialize(self.config.train.seed)
             return optimizer
@@ -345,6 +346,6 @@ class Session:
             folder.set_aside_after(self.progress.step)
         folder.truncate_metrics(self.progress.step)
         bar = ProgressBar("training", config.train.steps, self.progress.step, lines=False)
-        recorder = Recorder(folder, config, self.progress.step, self.phases, bar)
+        recorder = Recorder(folder, config, self.progress.step, self.phases, bar, self.optimizer)
         saver = Saver(folder, config, self.opened.dataset, self.model, self.optimizer, self.progress)
         return recorder, saver

@@ -176,6 +176,8 @@ class Trainer:
         """Decide on the step and, unless it must be skipped, update the root's parameters."""
         assert self.optimizer is not None
         loss_sum, tokens, bad, stop = (float(value) for value in sums)
+        if tokens:
+            self.optimizer.couple(self.gradients, int(tokens))
         norm = self.optimizer.gradient_norm(self.gradients, int(tokens)) if tokens else float("nan")
         applied = not bad and isfinite(norm) and isfinite(loss_sum)
         if applied:
