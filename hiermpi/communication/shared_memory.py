@@ -5,9 +5,13 @@ An anonymous file (memfd) that one rank makes and the others open through /proc:
 unmapped without the others. The space is allocated at once, so that too little memory is an error and not a SIGBUS.
 """
 
+import ctypes
+import importlib.machinery
 import mmap
 import os
 import platform
+from functools import cache
+from pathlib import Path
 
 import numpy as np
 from mpi4py import MPI
@@ -18,9 +22,11 @@ from hiermpi.communication.waiting import Waiter
 from hiermpi.errors import UserError
 
 LINE = 64
+WORD_LINES = 2
+"""Cache lines of the two words of node.c."""
 MAILBOX_DOUBLES = 16
 ORDERED_STORES = ("x86_64", "AMD64", "i686")
-"""Processors on which other cores see a core's stores in their order: the barrier relies on it."""
+"""Processors on which other cores see a core's stores in their order: the barrier that polls relies on it."""
 
 
 class NodeMemory:
@@ -63,9 +69,10 @@ class NodeMemory:
 
 
 class NodeBarrier:
-    """A barrier of the ranks of a node, and mailboxes beside it, in a piece of shared memory.
+    """A barrier of the ranks of a node, and mailboxes beside it, in a piece of shared memory. Collective over ``node``.
 
-    Each rank counts its arrivals in a cache line of its own and waits for the others' counts.
+    Ranks sleep in the kernel until the last one arrives where node.c is built on every rank. Elsewhere each counts its
+    arrivals in a cache line of its own and polls the others' counts.
 
     Args:
         memory: holds :meth:`nbytes` bytes of it from ``offset`` on.
@@ -76,25 +83,50 @@ class NodeBarrier:
 
     def __init__(self, memory: NodeMemory, offset: int, node: MPI.Comm, waiter: Waiter) -> None:
         size = node.size
-        self._arrivals = memory.array(offset, (size, LINE // 8), np.int64)[:, 0]
-        self.mailboxes = memory.array(offset + size * LINE, (2, size, MAILBOX_DOUBLES), np.float64)
-        self._rank = node.rank
+        lines = size + WORD_LINES
+        self._words = memory.array(offset, (WORD_LINES * LINE // 4,), np.uint32)
+        self._arrivals = memory.array(offset + WORD_LINES * LINE, (size, LINE // 8), np.int64)[:, 0]
+        self.mailboxes = memory.array(offset + lines * LINE, (2, size, MAILBOX_DOUBLES), np.float64)
+        self._rank, self._size = node.rank, size
         self._waiter = waiter
         self._count = 0
+        library = node_library()
+        built = np.array([library is not None], np.int64)
+        waiter.wait(node.Iallreduce(MPI.IN_PLACE, built, op=MPI.MIN))
+        self._library = library if built[0] else None
+        self._at = self._words.ctypes.data
 
     @staticmethod
     def nbytes(size: int) -> int:
         """Bytes needed for ``size`` ranks."""
-        return size * LINE + 2 * size * MAILBOX_DOUBLES * 8
+        return (size + WORD_LINES) * LINE + 2 * size * MAILBOX_DOUBLES * 8
 
     def wait(self) -> None:
         """Return when every rank of the node is here."""
-        self._count += 1
-        self._arrivals[self._rank] = self._count
-        self._waiter.wait_until(self._all_here)
+        library = self._library
+        if library is None:
+            self._count += 1
+            self._arrivals[self._rank] = self._count
+            self._waiter.wait_until(self._all_here)
+            return
+        before = library.arrive(self._at, self._size)
+        self._waiter.wait_asleep(lambda seconds: bool(library.passed(self._at, before, int(1e9 * seconds))))
 
     def _all_here(self) -> bool:
         return int(self._arrivals.min()) >= self._count
+
+
+@cache
+def node_library() -> ctypes.CDLL | None:
+    """What node.c was compiled to; None where it was not, or cannot be used."""
+    for suffix in importlib.machinery.EXTENSION_SUFFIXES:
+        path = Path(__file__).parent / f"_node{suffix}"
+        if path.exists():
+            library = ctypes.CDLL(str(path))
+            library.arrive.argtypes, library.arrive.restype = [ctypes.c_void_p, ctypes.c_uint32], ctypes.c_uint32
+            library.passed.argtypes = [ctypes.c_void_p, ctypes.c_uint32, ctypes.c_long]
+            return library if library.usable() else None
+    return None
 
 
 def shared_memory_usable() -> bool:

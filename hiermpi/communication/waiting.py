@@ -14,6 +14,8 @@ from mpi4py import MPI
 
 FIRST_SLEEP = 20e-6
 LONGEST_SLEEP = 1e-3
+LONGEST_KERNEL_SLEEP = 0.1
+"""Where the kernel wakes the rank: bounded, so that stalls are seen. Signals end the sleep."""
 SPIN_SECONDS = 2e-3
 """How long a rank with a core of its own polls before it sleeps."""
 OVERSUBSCRIBED_SPIN_SECONDS = 200e-6
@@ -36,6 +38,7 @@ class Waiter:
     """
 
     def __init__(self, oversubscribed: bool = True, stall_warn: float = 0.0, stall_abort: float = 0.0) -> None:
+        self.oversubscribed = oversubscribed
         self.spin_seconds = OVERSUBSCRIBED_SPIN_SECONDS if oversubscribed else SPIN_SECONDS
         self.stall_warn = stall_warn
         self.stall_abort = stall_abort
@@ -87,6 +90,23 @@ class Waiter:
             time.sleep(pause)
             pause = min(2 * pause, LONGEST_SLEEP)
             if waited > 1.0:
+                warned = self._watch(waited, warned)
+        self.seconds += time.perf_counter() - start
+
+    def wait_asleep(self, passed: Callable[[float], bool]) -> None:
+        """Return when ``passed`` says so, which sleeps for up to the seconds it is given, or until there is reason."""
+        if passed(0.0):
+            return
+        start = time.perf_counter()
+        warned = False
+        while True:
+            waited = time.perf_counter() - start
+            alone = not self.oversubscribed and waited < self.spin_seconds
+            if passed(0.0 if alone else LONGEST_KERNEL_SLEEP):
+                break
+            if alone:
+                os.sched_yield()
+            elif waited > 1.0:
                 warned = self._watch(waited, warned)
         self.seconds += time.perf_counter() - start
 
