@@ -47,6 +47,12 @@ class Reduction(Protocol):
     def broadcast(self, vector: NDArray) -> None:
         """Give every rank the root's ``vector``. Collective over the hierarchy."""
 
+    def reduce_step(self, sums: NDArray[np.float64], gradients: NDArray[np.float32]) -> None:
+        """:meth:`reduce` both: a few numbers, and the vector of :meth:`gradient_vector`."""
+
+    def broadcast_step(self, verdict: NDArray[np.float64], parameters: NDArray[np.float32]) -> None:
+        """:meth:`broadcast` a few numbers and, where the first of them is not 0, the :meth:`parameter_vector`."""
+
     def free(self) -> None:
         """Free what was made. Collective over the hierarchy."""
 
@@ -80,6 +86,15 @@ class TreeReduction:
         # Down: control, then group.
         for comm in self.comms.levels_down():
             chunked(self.comms.waiter, vector, comm.Ibcast)
+
+    def reduce_step(self, sums: NDArray[np.float64], gradients: NDArray[np.float32]) -> None:
+        self.reduce(sums)
+        self.reduce(gradients)
+
+    def broadcast_step(self, verdict: NDArray[np.float64], parameters: NDArray[np.float32]) -> None:
+        self.broadcast(verdict)
+        if verdict[0]:
+            self.broadcast(parameters)
 
     def free(self) -> None:
         """There is nothing to free."""

@@ -74,6 +74,9 @@ class SharedReduction:
             self._barrier.wait()
         else:
             self._reduce_small(vector)
+        self._join_leaders(vector)
+
+    def _join_leaders(self, vector: NDArray) -> None:
         if self._leaders != MPI.COMM_NULL and self._leaders.size > 1:
             chunked(self.comms.waiter, vector, lambda chunk: ireduce_in_place(self._leaders, chunk))
 
@@ -84,6 +87,30 @@ class SharedReduction:
             self._barrier.wait()
         else:
             self._broadcast_small(vector)
+
+    def reduce_step(self, sums: NDArray[np.float64], gradients: NDArray[np.float32]) -> None:
+        """Both behind the same two barriers."""
+        boxes = self._next_mailboxes()
+        boxes[self.comms.node.rank, : len(sums)] = sums
+        self._barrier.wait()
+        self._kernels.sum_buffers(self._buffers, *self._slice)
+        if self.comms.node.rank == 0:
+            sums[:] = boxes[:, : len(sums)].sum(axis=0)
+        self._barrier.wait()
+        self._join_leaders(sums)
+        self._join_leaders(gradients)
+
+    def broadcast_step(self, verdict: NDArray[np.float64], parameters: NDArray[np.float32]) -> None:
+        """The root's node has the parameters already; all others wait behind one barrier."""
+        if self._leaders != MPI.COMM_NULL and self._leaders.size > 1:
+            chunked(self.comms.waiter, verdict, self._leaders.Ibcast)
+            if verdict[0]:
+                chunked(self.comms.waiter, parameters, self._leaders.Ibcast)
+        boxes = self._next_mailboxes()
+        if self.comms.node.rank == 0:
+            boxes[0, : len(verdict)] = verdict
+        self._barrier.wait()
+        verdict[:] = boxes[0, : len(verdict)]
 
     def free(self) -> None:
         if self._leaders != MPI.COMM_NULL:

@@ -1,6 +1,6 @@
 """What the trainer asks of a model, and nothing more: bring your own by satisfying :class:`Model`."""
 
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,3 +35,11 @@ class Model(Protocol):
 
     def loss_and_gradients(self, batch: Batch, gradients: NDArray[np.float32]) -> tuple[float, int]:
         """Add the batch's gradient SUM into ``gradients``; return (loss_sum, n_tokens)."""
+
+
+@runtime_checkable
+class WritingModel(Model, Protocol):
+    """A model that can save a pass over the gradients; no model must."""
+
+    def write_gradients(self, batch: Batch, gradients: NDArray[np.float32]) -> tuple[float, int]:
+        """The same as :meth:`loss_and_gradients` on zeroed ``gradients``, whatever they hold (zeros as padding)."""

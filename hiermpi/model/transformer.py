@@ -150,9 +150,24 @@ class Transformer:
 
     def loss_and_gradients(self, batch: Batch, gradients: NDArray) -> tuple[float, int]:
         """Add the batch's gradient SUM into ``gradients``; return (loss_sum, n_tokens)."""
-        total = 0.0
+        return self._passes(batch, self.parameters.views(gradients), fresh=False)
+
+    def write_gradients(self, batch: Batch, gradients: NDArray) -> tuple[float, int]:
+        """The same in place of what ``gradients`` hold: first products are written, the rest is zeroed before."""
         grads = self.parameters.views(gradients)
-        fresh = not gradients.any()  # then products may be written instead of added
+        for spec in self.parameters.specs:
+            if not self._is_product(spec):
+                grads[spec.name][...] = 0
+        return self._passes(batch, grads, fresh=True)
+
+    def _is_product(self, spec: TensorSpec) -> bool:
+        """Whether a tensor's gradient begins with a matrix product."""
+        if spec.symmetry_rows:
+            return spec.name == self._head_name
+        return len(spec.shape) == 2 and spec.name != "wpe.weight"
+
+    def _passes(self, batch: Batch, grads: dict[str, NDArray], fresh: bool) -> tuple[float, int]:
+        total = 0.0
         for part in self._micro_batches(batch):
             keys = self._forward(part, self.threshold)
             total += self._head(part, Gradients(grads, fresh))

@@ -22,7 +22,7 @@ from hiermpi.communication.scatter import BatchScatter
 from hiermpi.config.schema import Config
 from hiermpi.data.rows import ID_COLUMNS, unpack_rows
 from hiermpi.errors import UserError
-from hiermpi.model.contract import Model
+from hiermpi.model.contract import Batch, Model, WritingModel
 from hiermpi.optimizer.optimizer import Optimizer
 from hiermpi.training.batches import BatchSource, PreparedBatch, rows_to_batch
 from hiermpi.training.phases import Phases
@@ -138,8 +138,7 @@ class Trainer:
         with phases("compute"):
             sums = self._compute(rows)
         with phases("reduce"):
-            self.reduction.reduce(sums)
-            self.reduction.reduce(self.gradients)
+            self.reduction.reduce_step(sums, self.gradients)
         with phases("optimize"):
             verdict = self._optimize(sums) if self.optimizer else Verdict(*[0.0] * len(Verdict._fields))
         with phases("broadcast"):
@@ -159,11 +158,12 @@ class Trainer:
 
     def _compute(self, rows: NDArray[np.int32]) -> NDArray[np.float64]:
         """Put this leaf's gradient sums into :attr:`gradients`; return its [loss_sum, n_tokens, bad, stop]."""
-        self.gradients[:] = 0
         loss, tokens = 0.0, 0
-        if len(rows):
+        if not len(rows):
+            self.gradients[:] = 0
+        else:
             batch = rows_to_batch(rows, self.config.train.seed, self.progress.step)
-            loss, tokens = self.model.loss_and_gradients(batch, self.gradients)
+            loss, tokens = self._write_gradients(batch)
         fault = self.phases.planted_nan()
         if fault is not None:
             spec = self.model.parameters.specs[fault.tensor]
@@ -171,6 +171,13 @@ class Trainer:
         bad = not (isfinite(loss) and all_finite(self.gradients))
         self._complaint = self._describe_bad(rows) if bad else ""
         return np.array([loss, tokens, bad, self.stopping.requested()], np.float64)
+
+    def _write_gradients(self, batch: Batch) -> tuple[float, int]:
+        """The gradient of this leaf's sequences, in place of what :attr:`gradients` held."""
+        if isinstance(self.model, WritingModel):
+            return self.model.write_gradients(batch, self.gradients)
+        self.gradients[:] = 0
+        return self.model.loss_and_gradients(batch, self.gradients)
 
     def _optimize(self, sums: NDArray[np.float64]) -> Verdict:
         """Decide on the step and, unless it must be skipped, update the root's parameters."""
@@ -187,11 +194,8 @@ class Trainer:
 
     def _broadcast(self, verdict: Verdict) -> Verdict:
         vector = np.array(verdict, np.float64)
-        self.reduction.broadcast(vector)
-        decided = Verdict(*(float(value) for value in vector))
-        if decided.applied:
-            self.reduction.broadcast(self.model.parameters.vector)
-        return decided
+        self.reduction.broadcast_step(vector, self.model.parameters.vector)
+        return Verdict(*(float(value) for value in vector))
 
     def _commit(self, verdict: Verdict, rows: NDArray[np.int32], batch: PreparedBatch | None) -> None:
         progress = self.progress
