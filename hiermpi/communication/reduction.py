@@ -31,6 +31,8 @@ class Reduction(Protocol):
     """A way to sum a vector over all ranks at the root, and to give every rank the root's vector."""
 
     name: str
+    keeps_gradients: bool
+    """Whether :meth:`reduce_step` leaves every rank's own gradient as it was."""
 
     def gradient_vector(self) -> NDArray[np.float32]:
         """This rank's zeroed gradient, in the memory where it is summed best."""
@@ -47,8 +49,11 @@ class Reduction(Protocol):
     def broadcast(self, vector: NDArray) -> None:
         """Give every rank the root's ``vector``. Collective over the hierarchy."""
 
-    def reduce_step(self, sums: NDArray[np.float64], gradients: NDArray[np.float32]) -> None:
-        """:meth:`reduce` both: a few numbers, and the vector of :meth:`gradient_vector`."""
+    def reduce_step(self, sums: NDArray[np.float64], gradients: NDArray[np.float32]) -> NDArray[np.float32]:
+        """:meth:`reduce` both: a few numbers, and the vector of :meth:`gradient_vector`.
+
+        Returns the vector that holds the sum at the root, which may be another.
+        """
 
     def broadcast_step(self, verdict: NDArray[np.float64], parameters: NDArray[np.float32]) -> None:
         """:meth:`broadcast` a few numbers and, where the first of them is not 0, the :meth:`parameter_vector`."""
@@ -66,6 +71,7 @@ class TreeReduction:
     """
 
     name = "tree"
+    keeps_gradients = False
 
     def __init__(self, comms: Communicators, size: int = 0) -> None:
         self.comms = comms
@@ -87,9 +93,10 @@ class TreeReduction:
         for comm in self.comms.levels_down():
             chunked(self.comms.waiter, vector, comm.Ibcast)
 
-    def reduce_step(self, sums: NDArray[np.float64], gradients: NDArray[np.float32]) -> None:
+    def reduce_step(self, sums: NDArray[np.float64], gradients: NDArray[np.float32]) -> NDArray[np.float32]:
         self.reduce(sums)
         self.reduce(gradients)
+        return gradients
 
     def broadcast_step(self, verdict: NDArray[np.float64], parameters: NDArray[np.float32]) -> None:
         self.broadcast(verdict)

@@ -1,7 +1,7 @@
 """Sums in memory that a node's ranks share: level 1 is the node, level 2 its leaders.
 
-Every rank of a node sums its own slice over the gradients of all ranks there, in the order of the ranks, into the
-gradient of the node's first rank; then the nodes' first ranks reduce theirs to the root, chunk by chunk. There is one
+Every rank of a node sums its own slice over the gradients of all ranks there, in the order of the ranks, into a vector
+of the node; then the nodes' first ranks reduce theirs to the root, chunk by chunk. There is one
 copy of the parameters per node, so a broadcast inside a node is a barrier. Groups decide routing and ownership, the
 machine decides the sum.
 """
@@ -44,6 +44,7 @@ class SharedReduction:
     """
 
     name = "shared"
+    keeps_gradients = True
 
     def __init__(self, comms: Communicators, size: int) -> None:
         self.comms = comms
@@ -51,10 +52,11 @@ class SharedReduction:
         self._leaders = comms.world.Split(0 if node.rank == 0 else MPI.UNDEFINED, comms.rank)
         stride = -(-size // SLICE_UNIT) * SLICE_UNIT
         barrier_bytes = -(-NodeBarrier.nbytes(node.size) // LINE) * LINE
-        memory = NodeMemory(node, barrier_bytes + 4 * stride * (node.size + 1), comms.waiter)
+        memory = NodeMemory(node, barrier_bytes + 4 * stride * (node.size + 2), comms.waiter)
         self._barrier = NodeBarrier(memory, 0, node, comms.waiter)
         self._buffers = memory.array(barrier_bytes, (node.size, stride), np.float32)
         self._parameters = memory.array(barrier_bytes + 4 * stride * node.size, (stride,), np.float32)
+        self._total = memory.array(barrier_bytes + 4 * stride * (node.size + 1), (stride,), np.float32)
         self._size = size
         bounds = [unit * SLICE_UNIT for unit in block_bounds(stride // SLICE_UNIT, node.size)]
         self._slice = (bounds[node.rank], bounds[node.rank + 1])
@@ -70,8 +72,10 @@ class SharedReduction:
     def reduce(self, vector: NDArray) -> None:
         if self._is(vector, self._buffers[self.comms.node.rank]):
             self._barrier.wait()
-            self._kernels.sum_buffers(self._buffers, *self._slice)
+            self._kernels.sum_buffers(self._total, self._buffers, *self._slice)
             self._barrier.wait()
+            if self.comms.node.rank == 0:
+                vector[:] = self._total[: self._size]
         else:
             self._reduce_small(vector)
         self._join_leaders(vector)
@@ -88,17 +92,19 @@ class SharedReduction:
         else:
             self._broadcast_small(vector)
 
-    def reduce_step(self, sums: NDArray[np.float64], gradients: NDArray[np.float32]) -> None:
+    def reduce_step(self, sums: NDArray[np.float64], gradients: NDArray[np.float32]) -> NDArray[np.float32]:
         """Both behind the same two barriers."""
         boxes = self._next_mailboxes()
         boxes[self.comms.node.rank, : len(sums)] = sums
         self._barrier.wait()
-        self._kernels.sum_buffers(self._buffers, *self._slice)
+        self._kernels.sum_buffers(self._total, self._buffers, *self._slice)
         if self.comms.node.rank == 0:
             sums[:] = boxes[:, : len(sums)].sum(axis=0)
         self._barrier.wait()
         self._join_leaders(sums)
-        self._join_leaders(gradients)
+        total = self._total[: self._size]
+        self._join_leaders(total)
+        return total
 
     def broadcast_step(self, verdict: NDArray[np.float64], parameters: NDArray[np.float32]) -> None:
         """The root's node has the parameters already; all others wait behind one barrier."""

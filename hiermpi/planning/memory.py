@@ -55,7 +55,8 @@ def memory_of(topology: Topology, config: Config, model: ModelConfig, data_bytes
 
     def of(rank: int) -> int:
         neighbours = on_node[topology.nodes[rank]]
-        gradient_and_parameters = vector + (vector // neighbours if shared else vector)
+        # Shared: one copy of the parameters and one of the sum for all ranks of the node.
+        gradient_and_parameters = vector + (2 * vector // neighbours if shared else vector)
         root = 2 * vector + ROOT_BYTES + data_bytes if rank == 0 else 0  # both moments
         leaf = activations[roots if rank == 0 else most] if topology.is_leaf(rank) else 0
         return PROCESS_BYTES + LIBRARY_BYTES // neighbours + gradient_and_parameters + leaf + root

@@ -138,9 +138,9 @@ class Trainer:
         with phases("compute"):
             sums = self._compute(rows)
         with phases("reduce"):
-            self.reduction.reduce_step(sums, self.gradients)
+            total = self.reduction.reduce_step(sums, self.gradients)
         with phases("optimize"):
-            verdict = self._optimize(sums) if self.optimizer else Verdict(*[0.0] * len(Verdict._fields))
+            verdict = self._optimize(sums, total) if self.optimizer else Verdict(*[0.0] * len(Verdict._fields))
         with phases("broadcast"):
             verdict = self._broadcast(verdict)
         with phases("commit"):
@@ -168,7 +168,8 @@ class Trainer:
         if fault is not None:
             spec = self.model.parameters.specs[fault.tensor]
             self.gradients[self.model.parameters.offsets[spec.name]] = np.nan
-        bad = not (isfinite(loss) and all_finite(self.gradients))
+        # What the sum overwrites is looked at now; else a norm that is not finite will tell, and then who it was.
+        bad = not isfinite(loss) or not (self.reduction.keeps_gradients or all_finite(self.gradients))
         self._complaint = self._describe_bad(rows) if bad else ""
         return np.array([loss, tokens, bad, self.stopping.requested()], np.float64)
 
@@ -179,16 +180,16 @@ class Trainer:
         self.gradients[:] = 0
         return self.model.loss_and_gradients(batch, self.gradients)
 
-    def _optimize(self, sums: NDArray[np.float64]) -> Verdict:
+    def _optimize(self, sums: NDArray[np.float64], total: NDArray[np.float32]) -> Verdict:
         """Decide on the step and, unless it must be skipped, update the root's parameters."""
         assert self.optimizer is not None
         loss_sum, tokens, bad, stop = (float(value) for value in sums)
         if tokens:
-            self.optimizer.couple(self.gradients, int(tokens))
-        norm = self.optimizer.gradient_norm(self.gradients, int(tokens)) if tokens else float("nan")
+            self.optimizer.couple(total, int(tokens))
+        norm = self.optimizer.gradient_norm(total, int(tokens)) if tokens else float("nan")
         applied = not bad and isfinite(norm) and isfinite(loss_sum)
         if applied:
-            self.optimizer.update(self.gradients, int(tokens), norm, self.progress.step)
+            self.optimizer.update(total, int(tokens), norm, self.progress.step)
         loss = loss_sum / tokens if tokens else float("nan")
         return Verdict(float(applied), float(stop > 0), loss, norm, tokens, bad)
 
@@ -208,6 +209,8 @@ class Trainer:
         if verdict.applied:
             progress.skipped_in_a_row = 0
             return
+        if not self._complaint and self.reduction.keeps_gradients and not all_finite(self.gradients):
+            self._complaint = self._describe_bad(rows)
         progress.skipped += 1
         progress.skipped_in_a_row += 1
         self._report_skip(verdict)

@@ -179,10 +179,10 @@ def test_adamw_and_sums(kernels, size):
     buffers = normal(5, 3, size)
     start = size // 3
 
-    def add(k, buffers):
-        k.sum_buffers(buffers, start, size)
+    def add(k, out, buffers):
+        k.sum_buffers(out, buffers, start, size)
 
-    agree(kernels, [buffers], add)
+    agree(kernels, [normal(6, size), buffers], add)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])

@@ -501,14 +501,16 @@ void NAME(block_sums)(double *sums, const float *x, const int64_t *bounds, long 
     }
 }
 
-/* buffers[0][i] = sum over b of buffers[b][i] for start <= i < stop, added in the order of b; buffer b begins at
- * b * stride. In pieces that stay in the cache. */
-void NAME(sum_buffers)(float *buffers, long stride, long count, long start, long stop) {
+/* out[i] = sum over b of buffers[b][i] for start <= i < stop, added in the order of b; buffer b begins at b * stride.
+ * In pieces that stay in the cache. */
+void NAME(sum_buffers)(float *restrict out, const float *restrict buffers, long stride, long count, long start,
+                       long stop) {
     for (long first = start; first < stop; first += 4096) {
         const long last = first + 4096 < stop ? first + 4096 : stop;
+        memcpy(out + first, buffers + first, 4 * (size_t)(last - first));
         for (long b = 1; b < count; b++) {
             const float *x = buffers + b * stride;
-            for (long i = first; i < last; i++) buffers[i] += x[i];
+            for (long i = first; i < last; i++) out[i] += x[i];
         }
     }
 }

@@ -35,7 +35,7 @@ SIGNATURES = {  # p: address, l: long, u: uint32, f: float; as in product.h and 
     "cross_entropy": "pp lll",
     "adamw": "ppppppp l fffffff",
     "block_sums": "ppp l",
-    "sum_buffers": "p llll",
+    "sum_buffers": "pp llll",
 }
 
 
@@ -178,9 +178,9 @@ class CompiledKernels:
         """Sums (n,) = sum of squares of vector[start:stop] for each row of bounds (n, 2)."""
         self._call["block_sums"](at(sums), at(vector), at(bounds), len(sums))
 
-    def sum_buffers(self, buffers: Array, start: int, stop: int) -> None:
-        """buffers[0, start:stop] = its sum over axis 0 of buffers (P, n), in the order of the buffers."""
-        self._call["sum_buffers"](at(buffers), buffers.shape[1], buffers.shape[0], start, stop)
+    def sum_buffers(self, out: Array, buffers: Array, start: int, stop: int) -> None:
+        """out[start:stop] = the sum over axis 0 of buffers (P, n), in the order of the buffers."""
+        self._call["sum_buffers"](at(out), at(buffers), buffers.shape[1], buffers.shape[0], start, stop)
 
     def _scratch_for(self, shape: Sequence[int]) -> Array:
         length, width = padded(shape[1]), padded(shape[3])

@@ -235,12 +235,13 @@ class ReferenceKernels:
             logits[targets < 0] = 0.0
         return loss
 
-    def sum_buffers(self, buffers: Array, start: int, stop: int) -> None:
-        """buffers[0, start:stop] = its sum over axis 0 of buffers (P, n), in the order of the buffers."""
+    def sum_buffers(self, out: Array, buffers: Array, start: int, stop: int) -> None:
+        """out[start:stop] = the sum over axis 0 of buffers (P, n), in the order of the buffers."""
         for first in range(start, stop, SUM_PIECE):
-            piece = buffers[:, first : min(first + SUM_PIECE, stop)]
-            for addend in piece[1:]:
-                piece[0] += addend
+            piece = slice(first, min(first + SUM_PIECE, stop))
+            out[piece] = buffers[0, piece]
+            for addend in buffers[1:, piece]:
+                out[piece] += addend
 
     def _heads(self, qkv: Array, shape: Sequence[int]) -> tuple[Array, Array, Array]:
         """q, k, v as (B, H, T, D) views of qkv (N, 3C)."""
