@@ -16,7 +16,7 @@ from typing import Protocol
 
 import numpy as np
 from mpi4py import MPI
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 from hiermpi.communication.communicators import Communicators
 from hiermpi.communication.waiting import Waiter
@@ -34,7 +34,7 @@ class Reduction(Protocol):
     keeps_gradients: bool
     """Whether :meth:`reduce_step` leaves every rank's own gradient as it was."""
 
-    def gradient_vector(self) -> NDArray[np.float32]:
+    def gradient_vector(self) -> NDArray:
         """This rank's zeroed gradient, in the memory where it is summed best."""
 
     def parameter_vector(self) -> NDArray[np.float32]:
@@ -49,7 +49,7 @@ class Reduction(Protocol):
     def broadcast(self, vector: NDArray) -> None:
         """Give every rank the root's ``vector``. Collective over the hierarchy."""
 
-    def reduce_step(self, sums: NDArray[np.float64], gradients: NDArray[np.float32]) -> NDArray[np.float32]:
+    def reduce_step(self, sums: NDArray[np.float64], gradients: NDArray) -> NDArray:
         """:meth:`reduce` both: a few numbers, and the vector of :meth:`gradient_vector`.
 
         Returns the vector that holds the sum at the root, which may be another.
@@ -68,17 +68,19 @@ class TreeReduction:
     Args:
         comms: the hierarchy.
         size: elements of the gradient and parameter vectors.
+        dtype: of the gradients: float32, or int64 for fixed point.
     """
 
     name = "tree"
     keeps_gradients = False
 
-    def __init__(self, comms: Communicators, size: int = 0) -> None:
+    def __init__(self, comms: Communicators, size: int = 0, dtype: DTypeLike = np.float32) -> None:
         self.comms = comms
         self.size = size
+        self.dtype = dtype
 
-    def gradient_vector(self) -> NDArray[np.float32]:
-        return aligned_zeros(self.size, np.float32)
+    def gradient_vector(self) -> NDArray:
+        return aligned_zeros(self.size, self.dtype)
 
     def parameter_vector(self) -> NDArray[np.float32]:
         return aligned_zeros(self.size, np.float32)
@@ -93,7 +95,7 @@ class TreeReduction:
         for comm in self.comms.levels_down():
             chunked(self.comms.waiter, vector, comm.Ibcast)
 
-    def reduce_step(self, sums: NDArray[np.float64], gradients: NDArray[np.float32]) -> NDArray[np.float32]:
+    def reduce_step(self, sums: NDArray[np.float64], gradients: NDArray) -> NDArray:
         self.reduce(sums)
         self.reduce(gradients)
         return gradients

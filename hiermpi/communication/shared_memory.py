@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 from mpi4py import MPI
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 from hiermpi.communication.objects import agree, broadcast_object
 from hiermpi.communication.waiting import Waiter
@@ -62,7 +62,7 @@ class NodeMemory:
         agree(node, error, waiter)
         os.close(descriptor)
 
-    def array(self, offset: int, shape: tuple[int, ...], dtype: type) -> NDArray:
+    def array(self, offset: int, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray:
         """A view of the memory from byte ``offset`` on."""
         count = int(np.prod(shape))
         return np.frombuffer(self._map, dtype, count, offset).reshape(shape)

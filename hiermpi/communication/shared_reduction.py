@@ -10,7 +10,7 @@ import logging
 
 import numpy as np
 from mpi4py import MPI
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 from hiermpi.communication.communicators import Communicators
 from hiermpi.communication.objects import agree
@@ -38,6 +38,7 @@ class SharedReduction:
     Args:
         comms: the hierarchy.
         size: elements of the gradient and parameter vectors.
+        dtype: of the gradients: float32, or int64 for fixed point.
 
     Raises:
         UserError: on every rank of a node that cannot have the memory.
@@ -46,24 +47,26 @@ class SharedReduction:
     name = "shared"
     keeps_gradients = True
 
-    def __init__(self, comms: Communicators, size: int) -> None:
+    def __init__(self, comms: Communicators, size: int, dtype: DTypeLike = np.float32) -> None:
         self.comms = comms
         node = comms.node
         self._leaders = comms.world.Split(0 if node.rank == 0 else MPI.UNDEFINED, comms.rank)
         stride = -(-size // SLICE_UNIT) * SLICE_UNIT
         barrier_bytes = -(-NodeBarrier.nbytes(node.size) // LINE) * LINE
-        memory = NodeMemory(node, barrier_bytes + 4 * stride * (node.size + 2), comms.waiter)
+        width = np.dtype(dtype).itemsize
+        sums_at = barrier_bytes + 4 * stride
+        memory = NodeMemory(node, sums_at + width * stride * (node.size + 1), comms.waiter)
         self._barrier = NodeBarrier(memory, 0, node, comms.waiter)
-        self._buffers = memory.array(barrier_bytes, (node.size, stride), np.float32)
-        self._parameters = memory.array(barrier_bytes + 4 * stride * node.size, (stride,), np.float32)
-        self._total = memory.array(barrier_bytes + 4 * stride * (node.size + 1), (stride,), np.float32)
+        self._parameters = memory.array(barrier_bytes, (stride,), np.float32)
+        self._total = memory.array(sums_at, (stride,), dtype)
+        self._buffers = memory.array(sums_at + width * stride, (node.size, stride), dtype)
         self._size = size
         bounds = [unit * SLICE_UNIT for unit in block_bounds(stride // SLICE_UNIT, node.size)]
         self._slice = (bounds[node.rank], bounds[node.rank + 1])
         self._kernels = load_kernels()
         self._turn = 0
 
-    def gradient_vector(self) -> NDArray[np.float32]:
+    def gradient_vector(self) -> NDArray:
         return self._buffers[self.comms.node.rank, : self._size]
 
     def parameter_vector(self) -> NDArray[np.float32]:
@@ -92,7 +95,7 @@ class SharedReduction:
         else:
             self._broadcast_small(vector)
 
-    def reduce_step(self, sums: NDArray[np.float64], gradients: NDArray[np.float32]) -> NDArray[np.float32]:
+    def reduce_step(self, sums: NDArray[np.float64], gradients: NDArray) -> NDArray:
         """Both behind the same two barriers."""
         boxes = self._next_mailboxes()
         boxes[self.comms.node.rank, : len(sums)] = sums
@@ -151,22 +154,22 @@ class SharedReduction:
         return self._barrier.mailboxes[self._turn]
 
 
-def make_reduction(kind: str, comms: Communicators, size: int) -> Reduction:
-    """The reduction called ``kind`` in the configuration, for vectors of ``size`` elements.
+def make_reduction(kind: str, comms: Communicators, size: int, dtype: DTypeLike = np.float32) -> Reduction:
+    """The reduction called ``kind`` in the configuration, for ``size`` elements, the gradients being of ``dtype``.
 
     ``auto`` is ``shared`` where ranks share a node, else ``tree``. Where shared memory cannot be had, ``tree`` takes
     its place, and the log says so. Collective over the hierarchy.
     """
     if kind == "flat":
-        return FlatReduction(comms, size)
+        return FlatReduction(comms, size, dtype)
     alone = comms.topology.n_nodes == comms.size
     if kind == "tree" or (kind == "auto" and (alone or not shared_memory_usable())):
-        return TreeReduction(comms, size)
+        return TreeReduction(comms, size, dtype)
     error, made = None, None
     try:
         if not shared_memory_usable():
             raise UserError("this processor or system does not have what node-shared sums rely on")
-        made = SharedReduction(comms, size)
+        made = SharedReduction(comms, size, dtype)
     except UserError as caught:
         error = caught
     try:
@@ -174,6 +177,6 @@ def make_reduction(kind: str, comms: Communicators, size: int) -> Reduction:
     except UserError as caught:
         if comms.rank == 0:
             logger.warning("%s; hierarchy.reduction = tree is used instead", caught)
-        return TreeReduction(comms, size)
+        return TreeReduction(comms, size, dtype)
     assert made is not None
     return made

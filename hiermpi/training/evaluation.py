@@ -3,8 +3,15 @@
 from math import exp, log
 from typing import NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
 from hiermpi.model.contract import Model
+from hiermpi.optimizer.fixed_point import rounded_loss
 from hiermpi.training.batches import EvaluationSource, rows_to_batch
+
+EVALUATION_UNIT = 8
+"""Windows that are computed together, whatever the number of ranks."""
 
 
 class Evaluation(NamedTuple):
@@ -24,11 +31,19 @@ class Evaluation(NamedTuple):
         return self.loss / log(2.0) * tokens_per_byte
 
 
-def evaluate_alone(model: Model, source: EvaluationSource, batch_size: int = 32) -> Evaluation:
+def loss_in_units(model: Model, rows: NDArray[np.int32]) -> tuple[float, int]:
+    """The loss sum and the targets of some windows, unit by unit: the same bits whoever computes which unit."""
+    loss, tokens = 0.0, 0
+    for first in range(0, len(rows), EVALUATION_UNIT):
+        part = model.loss(rows_to_batch(rows[first : first + EVALUATION_UNIT], 0, 0))
+        loss, tokens = loss + rounded_loss(part[0]), tokens + part[1]
+    return loss, tokens
+
+
+def evaluate_alone(model: Model, source: EvaluationSource) -> Evaluation:
     """The mean loss over ``source``, computed by this process."""
     loss, tokens = 0.0, 0
-    for first in range(0, len(source), batch_size):
-        last = min(first + batch_size, len(source))
-        part = model.loss(rows_to_batch(source.rows(first, last), 0, 0))
+    for first in range(0, len(source), EVALUATION_UNIT):
+        part = loss_in_units(model, source.rows(first, min(first + EVALUATION_UNIT, len(source))))
         loss, tokens = loss + part[0], tokens + part[1]
     return Evaluation(loss / max(tokens, 1), tokens)

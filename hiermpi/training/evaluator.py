@@ -10,8 +10,8 @@ from hiermpi.communication.reduction import allreduce_small
 from hiermpi.communication.scatter import BatchScatter
 from hiermpi.hierarchy.routing import even_leaves
 from hiermpi.model.contract import Model
-from hiermpi.training.batches import EvaluationSource, rows_to_batch
-from hiermpi.training.evaluation import Evaluation
+from hiermpi.training.batches import EvaluationSource
+from hiermpi.training.evaluation import EVALUATION_UNIT, Evaluation, loss_in_units
 
 
 class Evaluator:
@@ -22,7 +22,7 @@ class Evaluator:
         comms: the hierarchy.
         scatter: delivers rows.
         source: at the root the windows; None elsewhere.
-        batch_size: windows per exchange.
+        batch_size: windows per exchange, rounded up to whole units for each leaf.
         stop_requested: asked after each exchange; when any rank says yes, all give up.
     """
 
@@ -39,7 +39,8 @@ class Evaluator:
         self.comms = comms
         self.scatter = scatter
         self.source = source
-        self.batch_size = batch_size
+        per_leaf = -(-batch_size // (comms.topology.n_leaves * EVALUATION_UNIT))
+        self.batch_size = per_leaf * comms.topology.n_leaves * EVALUATION_UNIT
         self.stop_requested = stop_requested
         windows = np.array([0 if source is None else len(source)], np.float64)
         allreduce_small(comms, windows)
@@ -52,7 +53,9 @@ class Evaluator:
             last = min(first + self.batch_size, self.n_windows)
             rows, leaf = None, None
             if self.source is not None:
-                rows, leaf = self.source.rows(first, last), even_leaves(last - first, self.comms.topology)
+                rows = self.source.rows(first, last)
+                units = -(-len(rows) // EVALUATION_UNIT)
+                leaf = np.repeat(even_leaves(units, self.comms.topology), EVALUATION_UNIT)[: len(rows)]
             sums = self._loss(self.scatter.scatter(rows, leaf))
             allreduce_small(self.comms, sums)
             if sums[2]:
@@ -61,5 +64,5 @@ class Evaluator:
         return Evaluation(float(total[0] / max(total[1], 1.0)), int(total[1]))
 
     def _loss(self, rows: NDArray[np.int32]) -> NDArray[np.float64]:
-        loss, tokens = self.model.loss(rows_to_batch(rows, 0, 0)) if len(rows) else (0.0, 0)
+        loss, tokens = loss_in_units(self.model, rows)
         return np.array([loss, tokens, float(self.stop_requested())])

@@ -9,11 +9,12 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 from mpi4py import MPI
 
 from hiermpi.communication.communicators import Communicators
 from hiermpi.communication.leaving import ErrorSink, set_error_sink
-from hiermpi.communication.objects import agree, broadcast_object
+from hiermpi.communication.objects import agree, broadcast_object, gather_objects
 from hiermpi.communication.reduction import TreeReduction
 from hiermpi.communication.scatter import BatchScatter
 from hiermpi.communication.shared_reduction import make_reduction
@@ -21,12 +22,13 @@ from hiermpi.communication.waiting import Waiter
 from hiermpi.config.schema import Config, duration_seconds
 from hiermpi.data.rows import ID_COLUMNS
 from hiermpi.data.sampling import Sampler
-from hiermpi.errors import EXIT_DONE, EXIT_STOPPED
+from hiermpi.errors import EXIT_DONE, EXIT_STOPPED, UserError
 from hiermpi.hierarchy.routing import Router
 from hiermpi.hierarchy.symmetry import symmetry_groups
 from hiermpi.model.kernels import load_kernels
 from hiermpi.model.parameters import ParameterLayout
 from hiermpi.model.transformer import Transformer, transformer_specs
+from hiermpi.optimizer.fixed_point import differing, unit_sequences
 from hiermpi.optimizer.optimizer import Optimizer, OptimizerSettings
 from hiermpi.training.batches import BatchSource, EvaluationSource
 from hiermpi.training.evaluation import Evaluation
@@ -139,6 +141,35 @@ def limit_threads(threads: int, comms: Communicators) -> None:
             )
 
 
+def require_one_kind(comms: Communicators) -> None:
+    """Refuse ranks whose kernels or BLAS differ: they would not compute the same bits. Collective over the world.
+
+    Raises UserError on every rank.
+    """
+    kinds = gather_objects(comms.world, arithmetic(), comms.waiter)
+    found = differing(kinds) if kinds else None
+    error = None
+    if kinds and found:
+        one, other = found
+        error = UserError(
+            f"hierarchy.reproducible: rank {one} computes with {kinds[one]}, rank {other} with {kinds[other]}: start "
+            "on nodes of one kind, or set HIERMPI_KERNELS and OPENBLAS_CORETYPE to what all of them have"
+        )
+    agree(comms.world, error, comms.waiter)
+
+
+def arithmetic() -> str:
+    """What this rank's results depend on: its kernels, and its BLAS with the processor that it is tuned for."""
+    from threadpoolctl import threadpool_info
+
+    libraries = {
+        f"{entry['internal_api']} {entry.get('version')} for {entry.get('architecture', 'any processor')}"
+        for entry in threadpool_info()
+        if entry["user_api"] == "blas"
+    }
+    return f"{load_kernels().name} kernels and {' and '.join(sorted(libraries)) or 'an unknown BLAS'}"
+
+
 class Session:
     """Everything a rank holds during a run. Its constructor and methods are collective over the hierarchy.
 
@@ -155,7 +186,10 @@ class Session:
         self.config = config = start.config
         size = ParameterLayout(transformer_specs(config.model)).size
         limit_threads(config.run.threads_per_rank, comms)
-        self.reduction = make_reduction(config.hierarchy.reduction, comms, size)
+        if config.hierarchy.reproducible:
+            require_one_kind(comms)
+        summed = np.int64 if config.hierarchy.reproducible else np.float32
+        self.reduction = make_reduction(config.hierarchy.reduction, comms, size, summed)
         self.phases = Phases(comms.rank, comms.waiter, start.faults)
         self.progress = Progress(start.step, start.cursor, start.skipped)
         self.stopping = self._stop_requests()
@@ -319,7 +353,8 @@ class Session:
             return None
         dataset, config = self.opened.dataset, self.config
         sampler = Sampler(dataset.length("train"), config.model.context_length, config.train.seed)
-        router = Router(self.comms.topology, config.hierarchy.routing, dataset.symmetry_group, dataset.counts)
+        unit = unit_sequences(config) if config.hierarchy.reproducible else 1
+        router = Router(self.comms.topology, config.hierarchy.routing, dataset.symmetry_group, dataset.counts, unit)
         return BatchSource(dataset, sampler, router, self.model.symmetry.row_of_token, config.train.batch_size)
 
     def _evaluation_source(self) -> EvaluationSource | None:

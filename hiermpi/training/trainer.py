@@ -22,7 +22,8 @@ from hiermpi.communication.scatter import BatchScatter
 from hiermpi.config.schema import Config
 from hiermpi.data.rows import ID_COLUMNS, unpack_rows
 from hiermpi.errors import UserError
-from hiermpi.model.contract import Batch, Model, WritingModel
+from hiermpi.model.contract import Model, WritingModel
+from hiermpi.optimizer.fixed_point import add_fixed, from_fixed, largest_addend, rounded_loss, unit_sequences
 from hiermpi.optimizer.optimizer import Optimizer
 from hiermpi.training.batches import BatchSource, PreparedBatch, rows_to_batch
 from hiermpi.training.phases import Phases
@@ -77,7 +78,7 @@ class Trainer:
         config: resolved, the same on every rank.
         comms: the hierarchy.
         model: on every rank, with equal parameters.
-        reduction: how sums go up and parameters down.
+        reduction: how sums go up and parameters down; of int64 where ``hierarchy.reproducible``.
         scatter: how rows go down.
         phases: where time is accounted.
         stopping: this rank's requests to stop.
@@ -112,7 +113,13 @@ class Trainer:
         self.learning_rate = learning_rate
         self.source = source
         self.optimizer = optimizer
-        self.gradients = reduction.gradient_vector()
+        self.sums = reduction.gradient_vector()
+        """What is summed over the ranks: the gradients themselves, or their fixed-point form."""
+        self.reproducible = config.hierarchy.reproducible
+        self.gradients = model.parameters.new_vector() if self.reproducible else self.sums
+        """Of all this leaf's sequences, or of the unit in work."""
+        self.unit = unit_sequences(config)
+        self._largest = largest_addend(-(-config.train.batch_size // self.unit))
         self.sequences = 0
         """Sequences that this rank has computed."""
         self.tokens = 0
@@ -138,7 +145,7 @@ class Trainer:
         with phases("compute"):
             sums = self._compute(rows)
         with phases("reduce"):
-            total = self.reduction.reduce_step(sums, self.gradients)
+            total = self.reduction.reduce_step(sums, self.sums)
         with phases("optimize"):
             verdict = self._optimize(sums, total) if self.optimizer else Verdict(*[0.0] * len(Verdict._fields))
         with phases("broadcast"):
@@ -158,32 +165,65 @@ class Trainer:
 
     def _compute(self, rows: NDArray[np.int32]) -> NDArray[np.float64]:
         """Put this leaf's gradient sums into :attr:`gradients`; return its [loss_sum, n_tokens, bad, stop]."""
+        if self.reproducible:
+            return self._compute_units(rows)
         loss, tokens = 0.0, 0
-        if not len(rows):
-            self.gradients[:] = 0
+        if len(rows):
+            loss, tokens = self._write_gradients(rows)
         else:
-            batch = rows_to_batch(rows, self.config.train.seed, self.progress.step)
-            loss, tokens = self._write_gradients(batch)
-        fault = self.phases.planted_nan()
-        if fault is not None:
-            spec = self.model.parameters.specs[fault.tensor]
-            self.gradients[self.model.parameters.offsets[spec.name]] = np.nan
+            self.gradients[:] = 0
+            self._plant_nan()
         # What the sum overwrites is looked at now; else a norm that is not finite will tell, and then who it was.
         bad = not isfinite(loss) or not (self.reduction.keeps_gradients or all_finite(self.gradients))
         self._complaint = self._describe_bad(rows) if bad else ""
         return np.array([loss, tokens, bad, self.stopping.requested()], np.float64)
 
-    def _write_gradients(self, batch: Batch) -> tuple[float, int]:
-        """The gradient of this leaf's sequences, in place of what :attr:`gradients` held."""
-        if isinstance(self.model, WritingModel):
-            return self.model.write_gradients(batch, self.gradients)
-        self.gradients[:] = 0
-        return self.model.loss_and_gradients(batch, self.gradients)
+    def _compute_units(self, rows: NDArray[np.int32]) -> NDArray[np.float64]:
+        """The same unit by unit, each as it would be on any other rank, into the fixed-point :attr:`sums`.
 
-    def _optimize(self, sums: NDArray[np.float64], total: NDArray[np.float32]) -> Verdict:
+        Rows come in the order of the batch and units are routed whole, so every unit but the batch's last is full.
+        """
+        loss, tokens, self._complaint = 0.0, 0, ""
+        for first in range(0, len(rows), self.unit):
+            part = rows[first : first + self.unit]
+            unit_loss, unit_tokens = self._write_gradients(part)
+            fits = add_fixed(self.sums, self.gradients, self._largest, fresh=first == 0)
+            if not (fits and isfinite(unit_loss)) and not self._complaint:
+                self._complaint = self._describe_bad(part)
+            loss, tokens = loss + rounded_loss(unit_loss), tokens + unit_tokens
+        if not len(rows):
+            self.sums[:] = 0
+            self.gradients[:] = 0
+            if self._plant_nan():
+                self._complaint = self._describe_bad(rows)
+        return np.array([loss, tokens, bool(self._complaint), self.stopping.requested()], np.float64)
+
+    def _write_gradients(self, rows: NDArray[np.int32]) -> tuple[float, int]:
+        """The gradient of these sequences, in place of what :attr:`gradients` held."""
+        batch = rows_to_batch(rows, self.config.train.seed, self.progress.step)
+        if isinstance(self.model, WritingModel):
+            result = self.model.write_gradients(batch, self.gradients)
+        else:
+            self.gradients[:] = 0
+            result = self.model.loss_and_gradients(batch, self.gradients)
+        self._plant_nan()
+        return result
+
+    def _plant_nan(self) -> bool:
+        """Let an injected ``nan`` fault of this step happen."""
+        fault = self.phases.planted_nan()
+        if fault is not None:
+            spec = self.model.parameters.specs[fault.tensor]
+            self.gradients[self.model.parameters.offsets[spec.name]] = np.nan
+        return fault is not None
+
+    def _optimize(self, sums: NDArray[np.float64], total: NDArray) -> Verdict:
         """Decide on the step and, unless it must be skipped, update the root's parameters."""
         assert self.optimizer is not None
         loss_sum, tokens, bad, stop = (float(value) for value in sums)
+        if self.reproducible:
+            from_fixed(self.gradients, total)
+            total = self.gradients
         if tokens:
             self.optimizer.couple(total, int(tokens))
         norm = self.optimizer.gradient_norm(total, int(tokens)) if tokens else float("nan")
@@ -209,7 +249,8 @@ class Trainer:
         if verdict.applied:
             progress.skipped_in_a_row = 0
             return
-        if not self._complaint and self.reduction.keeps_gradients and not all_finite(self.gradients):
+        unseen = self.reduction.keeps_gradients and not self.reproducible and not self._complaint
+        if unseen and not all_finite(self.gradients):
             self._complaint = self._describe_bad(rows)
         progress.skipped += 1
         progress.skipped_in_a_row += 1
@@ -224,7 +265,11 @@ class Trainer:
 
     def _describe_bad(self, rows: NDArray[np.int32]) -> str:
         tensors = self.model.parameters.views(self.gradients)
-        names = [name for name, tensor in tensors.items() if not np.isfinite(tensor).all()] or ["the loss"]
+        names = [name for name, tensor in tensors.items() if not np.isfinite(tensor).all()]
+        if not names and self.reproducible:
+            large = np.float32(self._largest)
+            names = [f"{name} (too large for a sum)" for name, t in tensors.items() if (np.abs(t) >= large).any()]
+        names = names or ["the loss"]
         ids, _ = unpack_rows(rows)
         return f"{_shorten(names)} in sequences {_shorten([str(i) for i in ids])}"
 

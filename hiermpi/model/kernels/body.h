@@ -514,3 +514,35 @@ void NAME(sum_buffers)(float *restrict out, const float *restrict buffers, long 
         }
     }
 }
+
+/* The same for integers. */
+void NAME(sum_integers)(int64_t *restrict out, const int64_t *restrict buffers, long stride, long count, long start,
+                        long stop) {
+    for (long first = start; first < stop; first += 2048) {
+        const long last = first + 2048 < stop ? first + 2048 : stop;
+        memcpy(out + first, buffers + first, 8 * (size_t)(last - first));
+        for (long b = 1; b < count; b++) {
+            const int64_t *x = buffers + b * stride;
+            for (long i = first; i < last; i++) out[i] += x[i];
+        }
+    }
+}
+
+/* sums[i] (+)= the integer nearest to x[i] * scale, ties to even; `scale` is a power of two. Whether any |x[i]| is not
+ * below `limit`, NaN included: the conversion would turn it into nonsense silently. */
+long NAME(add_fixed)(int64_t *restrict sums, const float *restrict x, long n, float scale, float limit, long fresh) {
+    int bad = 0;
+    for (long i = 0; i < n; i++) {
+        const float v = x[i] * scale, magic = copysignf(8388608.0f, v);
+        const float near = (v + magic) - magic;
+        const float whole = fabsf(v) < 8388608.0f ? near : v;
+        bad |= !(fabsf(x[i]) < limit);
+        sums[i] = (fresh ? 0 : sums[i]) + (int64_t)whole;
+    }
+    return bad;
+}
+
+/* out[i] = sums[i] * unit */
+void NAME(from_fixed)(float *restrict out, const int64_t *restrict sums, long n, double unit) {
+    for (long i = 0; i < n; i++) out[i] = (float)((double)sums[i] * unit);
+}

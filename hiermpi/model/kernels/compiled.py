@@ -15,11 +15,15 @@ Array = NDArray[np.float32]
 
 OWN_PRODUCTS = frozenset({"avx512"})
 """Levels at which the products of product.h are faster than OpenBLAS's: see hiermpi bench kernels."""
+FIXED_SCALE = 2.0**40
 PANEL_COLUMNS = 48
 """Columns of the widest panel in product.h."""
 
-_TYPES: dict[str, Any] = {"p": ctypes.c_void_p, "l": ctypes.c_long, "u": ctypes.c_uint32, "f": ctypes.c_float}
-SIGNATURES = {  # p: address, l: long, u: uint32, f: float; as in product.h and body.h
+_TYPES: dict[str, Any] = {
+    **{"p": ctypes.c_void_p, "l": ctypes.c_long, "u": ctypes.c_uint32},
+    **{"f": ctypes.c_float, "d": ctypes.c_double},
+}
+SIGNATURES = {  # p: address, l: long, u: uint32, f: float, d: double; as in product.h and body.h
     "product": "pppp lll lll ll l",
     "embed_forward": "pppp lll",
     "embed_backward": "pppp lll",
@@ -36,7 +40,13 @@ SIGNATURES = {  # p: address, l: long, u: uint32, f: float; as in product.h and 
     "adamw": "ppppppp l fffffff",
     "block_sums": "ppp l",
     "sum_buffers": "pp llll",
+    "sum_integers": "pp llll",
+    "add_fixed": "pp l ff l",
+    "from_fixed": "pp l d",
 }
+
+
+RESULTS: dict[str, Any] = {"cross_entropy": ctypes.c_double, "add_fixed": ctypes.c_long}
 
 
 class CompiledKernels:
@@ -53,7 +63,7 @@ class CompiledKernels:
         for name, letters in SIGNATURES.items():
             function = library[f"{name}_{level}"]
             function.argtypes = [_TYPES[letter] for letter in letters.replace(" ", "")]
-            function.restype = ctypes.c_double if name == "cross_entropy" else None
+            function.restype = RESULTS.get(name)
             self._call[name] = function
         self._scratch = aligned_empty(0, np.float32)
         self._panel = aligned_empty(0, np.float32)
@@ -180,7 +190,16 @@ class CompiledKernels:
 
     def sum_buffers(self, out: Array, buffers: Array, start: int, stop: int) -> None:
         """out[start:stop] = the sum over axis 0 of buffers (P, n), in the order of the buffers."""
-        self._call["sum_buffers"](at(out), at(buffers), buffers.shape[1], buffers.shape[0], start, stop)
+        name = "sum_integers" if out.dtype == np.int64 else "sum_buffers"
+        self._call[name](at(out), at(buffers), buffers.shape[1], buffers.shape[0], start, stop)
+
+    def add_fixed(self, sums: NDArray[np.int64], x: Array, limit: float, fresh: bool) -> bool:
+        """See :func:`hiermpi.optimizer.fixed_point.add_fixed`."""
+        return not self._call["add_fixed"](at(sums), at(x), len(x), FIXED_SCALE, limit, fresh)
+
+    def from_fixed(self, out: Array, sums: NDArray[np.int64]) -> None:
+        """See :func:`hiermpi.optimizer.fixed_point.from_fixed`."""
+        self._call["from_fixed"](at(out), at(sums), len(sums), 1.0 / FIXED_SCALE)
 
     def _scratch_for(self, shape: Sequence[int]) -> Array:
         length, width = padded(shape[1]), padded(shape[3])

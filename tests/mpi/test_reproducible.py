@@ -1,0 +1,88 @@
+"""hierarchy.reproducible: the parameters' digest is that of one rank, whatever the ranks, the modes and the stops."""
+
+import itertools
+
+import numpy as np
+import pytest
+from collective import collective_assert
+from mpi4py import MPI
+
+from hiermpi.communication.communicators import Communicators
+from hiermpi.communication.objects import broadcast_object
+from hiermpi.communication.waiting import Waiter
+from hiermpi.errors import UserError
+from hiermpi.storage.checkpoint import parameters_digest
+from hiermpi.training import session
+from runs import TINY, last_checkpoint, losses, make_dataset, train_on
+
+pytestmark = [pytest.mark.mpi, pytest.mark.timeout(600)]
+
+OPTIONS = (*TINY, "--hierarchy.reproducible", "true", "--model.dropout", "0.1", "--train.micro_batch_size", "2")
+MODES = list(itertools.product(("balanced", "dominant", "lift"), ("tree", "shared", "flat"), ("compute", "dedicated")))
+
+
+def chosen_modes():
+    """Nine that meet every pair of routing and reduction; a few on many ranks."""
+    some = [mode for index, mode in enumerate(MODES) if index % 2 == (index // 6) % 2]
+    return some if MPI.COMM_WORLD.size < 8 else some[:: 3 if MPI.COMM_WORLD.size < 30 else 5]
+
+
+def outcome(run):
+    """What must not differ: the parameters' digest, the losses and the validation."""
+    return parameters_digest(last_checkpoint(run)), losses(run)
+
+
+@pytest.fixture
+def alone(world, shared_folder):
+    """The dataset, and the outcome of a run on one rank."""
+    found = None
+    if world.rank == 0:
+        data = make_dataset(shared_folder)
+        assert train_on(MPI.COMM_SELF, data, shared_folder / "alone", *OPTIONS) == 0
+        found = outcome(shared_folder / "alone")
+    return shared_folder / "data.h5", broadcast_object(world, found, Waiter())
+
+
+@pytest.mark.smoke
+def test_same_bits_in_every_mode(world, shared_folder, alone):
+    data, expected = alone
+    for routing, reduction, coordinators in chosen_modes():
+        run = shared_folder / f"{routing}-{reduction}-{coordinators}"
+        modes = ("--hierarchy.routing", routing, "--hierarchy.reduction", reduction)
+        code = train_on(world, data, run, *OPTIONS, *modes, "--hierarchy.coordinators", coordinators)
+        collective_assert(world, code == 0)
+        collective_assert(world, world.rank or outcome(run) == expected, run.name)
+
+
+def test_same_bits_after_a_resume_on_other_ranks(world, shared_folder, alone):
+    data, expected = alone
+    run, schedule = shared_folder / "resumed", ("--optimizer.decay_steps", "20")
+    assert train_on(world, data, run, *OPTIONS, *schedule, "--train.steps", "7") == 0
+    good = True
+    if world.rank == 0:
+        assert train_on(MPI.COMM_SELF, data, run, *OPTIONS, *schedule) == 0
+        good = outcome(run) == expected
+    collective_assert(world, good)
+
+
+def test_a_bad_gradient_is_named_and_skipped_alike(world, shared_folder, alone, caplog):
+    data, _ = alone
+    rank = world.size - 1
+    fault = {"HIERMPI_FAULT": f"nan:rank={rank}:step=3:tensor=2"}
+    code = train_on(world, data, shared_folder / "bad", *OPTIONS, "--train.steps", "5", environment=fault)
+    collective_assert(world, code == 0)
+    if world.rank == 0:
+        saved = last_checkpoint(shared_folder / "bad")
+        assert (saved.skipped_steps, saved.adam_count) == (1, 4)
+        assert all(np.isfinite(tensor).all() for tensor in saved.parameters.values())
+
+
+def test_unequal_processors_are_named(world, monkeypatch):
+    monkeypatch.setattr(session, "arithmetic", lambda: "avx2 kernels" if world.rank == 1 else "avx512 kernels")
+    comms = Communicators(world, 12)
+    if world.size > 1:
+        with pytest.raises(UserError, match="rank 0 computes with avx512 kernels, rank 1 with avx2 kernels"):
+            session.require_one_kind(comms)
+    else:
+        session.require_one_kind(comms)
+    comms.free()
