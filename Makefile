@@ -66,7 +66,7 @@ test-smoke: install ## a few of the MPI tests on 64 ranks
 test-matrix: install ## every combination of ranks, routing, coordinators and reduction (minutes)
 	for n in 1 2 3 13 26 64; do \
 	    env HIERMPI_TEST_MATRIX=all $(OVERSUBSCRIBE) timeout --kill-after=10 1200 $(MPIEXEC) -n $$n \
-	        $(BIN)/python -m mpi4py -m pytest -q -x --with-mpi tests/mpi/test_equality.py || exit 1; \
+	        $(BIN)/python -m mpi4py -m pytest -q -x --with-mpi tests/mpi/test_equality.py tests/mpi/test_reproducible.py || exit 1; \
 	done
 
 test-slurm: install ## the job scripts on a private SLURM of four emulated nodes; root may have it installed by apt

@@ -6,6 +6,7 @@ threads, and compiled where that works; the best of these is the peer. Which for
 the result.
 """
 
+import dataclasses
 import time
 from collections.abc import Callable
 from functools import partial
@@ -27,6 +28,7 @@ from hiermpi.hierarchy.routing import Router
 from hiermpi.model.kernels import Kernels, load_kernels
 from hiermpi.model.parameters import ParameterLayout
 from hiermpi.model.transformer import Transformer, flops_per_token, transformer_specs
+from hiermpi.optimizer.fixed_point import unit_sequences
 from hiermpi.optimizer.optimizer import Optimizer, OptimizerSettings
 from hiermpi.training.batches import BatchSource
 from hiermpi.training.phases import Phases
@@ -60,7 +62,8 @@ def make_trainer(config: Config, comms: Communicators, kernels: Kernels) -> Trai
     """A trainer on random tokens. Collective over the hierarchy."""
     model_config, root = config.model, comms.rank == 0
     size = ParameterLayout(transformer_specs(model_config)).size
-    reduction = make_reduction(config.hierarchy.reduction, comms, size)
+    reproducible = config.hierarchy.reproducible
+    reduction = make_reduction(config.hierarchy.reduction, comms, size, np.int64 if reproducible else np.float32)
     model = Transformer(
         model_config,
         storage=reduction.parameter_vector(),
@@ -76,7 +79,8 @@ def make_trainer(config: Config, comms: Communicators, kernels: Kernels) -> Trai
         tokens = RandomTokens(model_config.vocab_size)
         counts = np.bincount(tokens.tokens, minlength=model_config.vocab_size)
         groups = (np.arange(model_config.vocab_size) % model_config.symmetry_order).astype(np.uint8)
-        router = Router(comms.topology, config.hierarchy.routing, groups, counts)
+        unit = unit_sequences(config) if reproducible else 1
+        router = Router(comms.topology, config.hierarchy.routing, groups, counts, unit)
         sampler = Sampler(CORPUS_TOKENS, model_config.context_length, config.train.seed)
         source = BatchSource(tokens, sampler, router, model.symmetry.row_of_token, config.train.batch_size)
         optimizer = Optimizer(model.parameters, settings, model.symmetry.class_bounds, kernels)
@@ -108,6 +112,10 @@ def bench_step(config: Config, world: MPI.Comm, rounds: int = 12, peers: bool = 
     trainers = {"hiermpi": make_trainer(config, comms, load_kernels())}
     if load_kernels().name != "numpy":
         trainers["hiermpi numpy kernels"] = make_trainer(config, comms, load_kernels("numpy"))
+    exact = dataclasses.replace(config.hierarchy, reproducible=True)
+    trainers["hiermpi reproducible"] = make_trainer(
+        dataclasses.replace(config, hierarchy=exact), comms, load_kernels()
+    )
     steps = steps_per_turn(trainers["hiermpi"], comms)
 
     def stepping(trainer: Trainer) -> Steps:

@@ -109,7 +109,9 @@ class HierarchyConfig:
     routing: Literal["balanced", "dominant", "lift"] = option("balanced", "how sequences find their group")
     reduction: Literal["auto", "tree", "shared", "flat"] = option("auto", "how gradients are summed")
     retune: bool = option(False, "time the reductions again instead of reusing the run's choice")
-    reproducible: bool = option(False, "same bits on any number of ranks")
+    reproducible: bool = option(
+        False, "the same bits on any number of ranks: units of train.micro_batch_size sequences, fixed-point sums"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,7 @@ from hiermpi.config.schema import Config, ModelConfig
 from hiermpi.hierarchy.topology import Topology
 from hiermpi.model.parameters import ParameterLayout
 from hiermpi.model.transformer import activation_bytes, micro_batch_sequences, transformer_specs
+from hiermpi.optimizer.fixed_point import unit_sequences
 
 PROCESS_BYTES = 27_200_000
 """What the interpreter, numpy and MPI of a rank have to themselves."""
@@ -44,6 +45,8 @@ def memory_of(topology: Topology, config: Config, model: ModelConfig, data_bytes
     batch, leaves = config.train.batch_size, topology.n_leaves
     most = -(-batch // leaves)
     roots = max(0, batch - most * (leaves - 1)) if config.hierarchy.routing == "balanced" or leaves == 1 else 0
+    if config.hierarchy.reproducible:
+        most, roots = (min(n, unit_sequences(config)) for n in (most, roots))
     activations = {
         n: activations_of(model, min(n, micro_batch_sequences(model, config.train.micro_batch_size)))
         for n in {0, most, roots}
@@ -55,8 +58,10 @@ def memory_of(topology: Topology, config: Config, model: ModelConfig, data_bytes
 
     def of(rank: int) -> int:
         neighbours = on_node[topology.nodes[rank]]
-        # Shared: one copy of the parameters and one of the sum for all ranks of the node.
-        gradient_and_parameters = vector + (2 * vector // neighbours if shared else vector)
+        # Shared: one copy of the parameters and one of the sum for all ranks of the node. Sums in fixed point are
+        # twice as long, and the gradient of a unit stands beside them.
+        sums, unit = (2 * vector, vector) if config.hierarchy.reproducible else (vector, 0)
+        gradient_and_parameters = unit + sums + ((vector + sums) // neighbours if shared else vector)
         root = 2 * vector + ROOT_BYTES + data_bytes if rank == 0 else 0  # both moments
         leaf = activations[roots if rank == 0 else most] if topology.is_leaf(rank) else 0
         return PROCESS_BYTES + LIBRARY_BYTES // neighbours + gradient_and_parameters + leaf + root

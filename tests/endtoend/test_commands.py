@@ -90,6 +90,20 @@ def without_mpi4py(*arguments):
     )
 
 
+def test_digests_are_compared(trained, tmp_path):
+    folder, _ = trained
+    run_folder, file = folder / "run", next((folder / "run" / "checkpoints").glob("*.h5"))
+    same = run("verify", run_folder, file, "--digest")
+    assert same.returncode == 0
+    assert "the same parameters" in same.stdout
+    other = run("train", "--data", folder / "data.h5", "--run", tmp_path / "r", *TINY, "--train.steps", 3)
+    assert other.returncode == 0
+    different = run("verify", run_folder, tmp_path / "r", "--digest")
+    assert different.returncode == 1
+    assert "different parameters, at different steps" in different.stdout
+    assert run("verify", run_folder).returncode == 0
+
+
 @pytest.mark.parametrize("ranks", [1, 2, 13, 14, 64, 1000, 4096])
 def test_plan_answers_without_mpi(ranks):
     result = without_mpi4py("plan", "--ranks", ranks, "--json")
