@@ -45,7 +45,13 @@ def start_local(data, run, *arguments, **environment):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         start_new_session=True,
+        preexec_fn=restore_interrupts,
     )
+
+
+def restore_interrupts():
+    """A shell cannot trap what was ignored when it started, as SIGINT is in a background job."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def test_local_stops_by_ctrl_c_and_goes_on(tmp_path):
