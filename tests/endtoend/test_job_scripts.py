@@ -45,7 +45,7 @@ def start_local(data, run, *arguments, **environment):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         start_new_session=True,
-        preexec_fn=restore_interrupts,
+        preexec_fn=restore_interrupts,  # noqa: PLW1509  (no threads here)
     )
 
 
