@@ -195,9 +195,9 @@ def main(argv: Sequence[str]) -> int:
     for variable in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ[variable] = "1"
     set_up_logging(launched_rank())
-    if argv and argv[0] == "train" and needs_mpi(argv):
-        early.listen()
     if needs_mpi(argv):
+        if argv[0] == "train":
+            early.listen()
         run_together(argv)
     return run_alone(argv)
 

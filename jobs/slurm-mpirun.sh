@@ -32,7 +32,7 @@ launch() { # COMMAND...
     exec "${launcher[@]}" --bind-to "$BIND" -n "$SLURM_NTASKS" "$@"
 }
 
-# From here on the same text in slurm-mpirun.sh and slurm-srun.sh.
+# From here on the same text in slurm-mpirun.sh and slurm-srun.sh: SLURM runs a copy, which finds no file beside it.
 
 # USR1 comes before the time is over (--signal) or from scancel --signal=USR1 --batch; TERM from a preemption.
 asked=

@@ -29,7 +29,7 @@ launch() { # COMMAND...
     exec srun --mpi="$MPI_TYPE" --kill-on-bad-exit=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" --cpu-bind="$BIND" "$@"
 }
 
-# From here on the same text in slurm-mpirun.sh and slurm-srun.sh.
+# From here on the same text in slurm-mpirun.sh and slurm-srun.sh: SLURM runs a copy, which finds no file beside it.
 
 # USR1 comes before the time is over (--signal) or from scancel --signal=USR1 --batch; TERM from a preemption.
 asked=

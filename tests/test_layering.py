@@ -8,7 +8,7 @@ import pytest
 import hiermpi
 
 ROOT = Path(hiermpi.__file__).parent
-PURE = ("config", "data", "hierarchy", "model", "optimizer", "early", "errors", "planning", "progress")
+PURE = ("config", "data", "hierarchy", "model", "optimizer", "early", "errors", "native", "planning", "progress")
 ALLOWED = {
     **{part: set(PURE) for part in PURE},
     "communication": {"communication", *PURE},

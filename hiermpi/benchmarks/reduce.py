@@ -50,8 +50,8 @@ def both_ways(how: Reduction) -> Callable[[], None]:
     sums, verdict = np.zeros(4), np.ones(4)
 
     def call() -> None:
-        how.reduce_step(sums, gradients)
-        how.broadcast_step(verdict, parameters)
+        how.reduce(sums, gradients)
+        how.broadcast(verdict, parameters)
 
     return call
 

@@ -28,7 +28,7 @@ from hiermpi.hierarchy.routing import Router
 from hiermpi.model.kernels import Kernels, load_kernels
 from hiermpi.model.parameters import ParameterLayout
 from hiermpi.model.transformer import Transformer, flops_per_token, transformer_specs
-from hiermpi.optimizer.fixed_point import unit_sequences
+from hiermpi.optimizer.fixed_point import routed_together, summed_type
 from hiermpi.optimizer.optimizer import Optimizer, OptimizerSettings
 from hiermpi.training.batches import BatchSource
 from hiermpi.training.phases import Phases
@@ -62,8 +62,7 @@ def make_trainer(config: Config, comms: Communicators, kernels: Kernels) -> Trai
     """A trainer on random tokens. Collective over the hierarchy."""
     model_config, root = config.model, comms.rank == 0
     size = ParameterLayout(transformer_specs(model_config)).size
-    reproducible = config.hierarchy.reproducible
-    reduction = make_reduction(config.hierarchy.reduction, comms, size, np.int64 if reproducible else np.float32)
+    reduction = make_reduction(config.hierarchy.reduction, comms, size, summed_type(config))
     model = Transformer(
         model_config,
         storage=reduction.parameter_vector(),
@@ -72,15 +71,14 @@ def make_trainer(config: Config, comms: Communicators, kernels: Kernels) -> Trai
     )
     if root:
         model.initialize(config.train.seed)
-    reduction.broadcast(model.parameters.vector)
+    reduction.broadcast(np.ones(1), model.parameters.vector)
     settings = OptimizerSettings(config.optimizer, config.train.grad_clip, config.train.steps)
     source, optimizer = None, None
     if root:
         tokens = RandomTokens(model_config.vocab_size)
         counts = np.bincount(tokens.tokens, minlength=model_config.vocab_size)
         groups = (np.arange(model_config.vocab_size) % model_config.symmetry_order).astype(np.uint8)
-        unit = unit_sequences(config) if reproducible else 1
-        router = Router(comms.topology, config.hierarchy.routing, groups, counts, unit)
+        router = Router(comms.topology, config.hierarchy.routing, groups, counts, routed_together(config))
         sampler = Sampler(CORPUS_TOKENS, model_config.context_length, config.train.seed)
         source = BatchSource(tokens, sampler, router, model.symmetry.row_of_token, config.train.batch_size)
         optimizer = Optimizer(model.parameters, settings, model.symmetry.class_bounds, kernels)

@@ -21,19 +21,15 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Import, and tell what was made."""
-    from hiermpi.errors import UsageError
     from hiermpi.interchange.importing import as_checkpoint, read_model
     from hiermpi.storage.checkpoint import save_checkpoint
+    from hiermpi.storage.files import require_new
 
-    out = arguments.out
-    if out.is_dir() or (out.exists() and not arguments.force):
-        raise UsageError(f"{out} exists: name another --out, or add --force to replace it")
-    if not out.parent.is_dir():
-        raise UsageError(f"{out.parent} is not a folder: make it first, or name another --out")
+    require_new(arguments.out, arguments.force)
     model = read_model(arguments.source)
-    save_checkpoint(out, as_checkpoint(model))
+    save_checkpoint(arguments.out, as_checkpoint(model))
     count = sum(tensor.size for tensor in model.tensors.values())
-    print(f"{'checkpoint':14}{out}")
+    print(f"{'checkpoint':14}{arguments.out}")
     print(f"{'parameters':14}{count:,}")
     print(f"{'tokenizer':14}{model.tokenizer.kind}, {model.tokenizer.vocab_size:,} tokens")
     if model.tokenizer.kind == "none":

@@ -1,10 +1,14 @@
-"""Small Python objects between ranks, with sleeping waits. Arrays never travel this way."""
+"""Small Python objects between ranks, and arrays of unequal lengths to rank 0, with sleeping waits.
+
+Arrays never travel as objects.
+"""
 
 import pickle
 from typing import Any
 
 import numpy as np
 from mpi4py import MPI
+from numpy.typing import NDArray
 
 from hiermpi.communication.waiting import Waiter
 from hiermpi.errors import UserError
@@ -24,19 +28,27 @@ def broadcast_object(comm: MPI.Comm, value: Any, waiter: Waiter) -> Any:
 
 def gather_objects(comm: MPI.Comm, value: Any, waiter: Waiter) -> list[Any] | None:
     """Every rank's ``value`` in rank order at rank 0, None elsewhere. Collective over ``comm``."""
-    data = np.frombuffer(pickle.dumps(value), np.uint8)
-    lengths = np.zeros(comm.size if comm.rank == 0 else 0, np.int64)
-    waiter.wait(comm.Igather(np.array([len(data)], np.int64), lengths if comm.rank == 0 else None))
-    if comm.rank != 0:
-        waiter.wait(comm.Igatherv(data, None))
+    gathered = gather_arrays(comm, np.frombuffer(pickle.dumps(value), np.uint8), waiter)
+    if gathered is None:
         return None
-    ends = np.cumsum(lengths)
-    everything = np.empty(int(ends[-1]), np.uint8)
-    waiter.wait(comm.Igatherv(data, [everything, (lengths, ends - lengths)]))
-    return [
-        pickle.loads(everything[end - length : end].tobytes())  # noqa: S301
-        for end, length in zip(ends, lengths, strict=True)
-    ]
+    everything, lengths = gathered
+    parts = np.split(everything, np.cumsum(lengths)[:-1])
+    return [pickle.loads(part.tobytes()) for part in parts]  # noqa: S301
+
+
+def gather_arrays(comm: MPI.Comm, values: NDArray, waiter: Waiter) -> tuple[NDArray, NDArray[np.int64]] | None:
+    """Every rank's 1-D ``values`` of one type, one after another, and how many each has, at rank 0; None elsewhere.
+
+    Collective over ``comm``.
+    """
+    lengths = np.zeros(comm.size, np.int64)
+    waiter.wait(comm.Igather(np.array([len(values)], np.int64), lengths if comm.rank == 0 else None))
+    if comm.rank != 0:
+        waiter.wait(comm.Igatherv(values, None))
+        return None
+    everything = np.empty(int(lengths.sum()), values.dtype)
+    waiter.wait(comm.Igatherv(values, [everything, (lengths, np.cumsum(lengths) - lengths)]))
+    return everything, lengths
 
 
 def agree(comm: MPI.Comm, error: Exception | None, waiter: Waiter) -> None:

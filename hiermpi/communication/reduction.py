@@ -32,7 +32,7 @@ class Reduction(Protocol):
 
     name: str
     keeps_gradients: bool
-    """Whether :meth:`reduce_step` leaves every rank's own gradient as it was."""
+    """Whether :meth:`reduce` leaves every rank's own gradient as it was."""
 
     def gradient_vector(self) -> NDArray:
         """This rank's zeroed gradient, in the memory where it is summed best."""
@@ -40,23 +40,18 @@ class Reduction(Protocol):
     def parameter_vector(self) -> NDArray[np.float32]:
         """The parameters, in the memory where they are broadcast best."""
 
-    def reduce(self, vector: NDArray) -> None:
-        """Leave the sum over ranks of ``vector`` in the root's ``vector``; elsewhere it becomes scratch.
+    def reduce(self, sums: NDArray[np.float64], gradients: NDArray) -> NDArray:
+        """Sum a few numbers, and the vector of :meth:`gradient_vector`, over the ranks. Collective over the hierarchy.
+
+        Leaves the sum of the numbers in the root's ``sums``, and returns the vector that holds the other sum there;
+        on other ranks both are scratch.
+        """
+
+    def broadcast(self, verdict: NDArray[np.float64], parameters: NDArray[np.float32]) -> None:
+        """Give every rank the root's numbers and, where the first is not 0, its :meth:`parameter_vector`.
 
         Collective over the hierarchy.
         """
-
-    def broadcast(self, vector: NDArray) -> None:
-        """Give every rank the root's ``vector``. Collective over the hierarchy."""
-
-    def reduce_step(self, sums: NDArray[np.float64], gradients: NDArray) -> NDArray:
-        """:meth:`reduce` both: a few numbers, and the vector of :meth:`gradient_vector`.
-
-        Returns the vector that holds the sum at the root, which may be another.
-        """
-
-    def broadcast_step(self, verdict: NDArray[np.float64], parameters: NDArray[np.float32]) -> None:
-        """:meth:`broadcast` a few numbers and, where the first of them is not 0, the :meth:`parameter_vector`."""
 
     def free(self) -> None:
         """Free what was made. Collective over the hierarchy."""
@@ -85,25 +80,27 @@ class TreeReduction:
     def parameter_vector(self) -> NDArray[np.float32]:
         return aligned_zeros(self.size, np.float32)
 
-    def reduce(self, vector: NDArray) -> None:
-        # Up: group, then control.
+    def sum_up(self, vector: NDArray) -> None:
+        """Leave the sum over ranks of any ``vector`` at the root. Collective over the hierarchy."""
+        # Group, then control.
         for comm in self.comms.levels_up():
             chunked(self.comms.waiter, vector, partial(ireduce_in_place, comm))
 
-    def broadcast(self, vector: NDArray) -> None:
-        # Down: control, then group.
+    def hand_down(self, vector: NDArray) -> None:
+        """Give every rank the root's ``vector``, whatever it is. Collective over the hierarchy."""
+        # Control, then group.
         for comm in self.comms.levels_down():
             chunked(self.comms.waiter, vector, comm.Ibcast)
 
-    def reduce_step(self, sums: NDArray[np.float64], gradients: NDArray) -> NDArray:
-        self.reduce(sums)
-        self.reduce(gradients)
+    def reduce(self, sums: NDArray[np.float64], gradients: NDArray) -> NDArray:
+        self.sum_up(sums)
+        self.sum_up(gradients)
         return gradients
 
-    def broadcast_step(self, verdict: NDArray[np.float64], parameters: NDArray[np.float32]) -> None:
-        self.broadcast(verdict)
+    def broadcast(self, verdict: NDArray[np.float64], parameters: NDArray[np.float32]) -> None:
+        self.hand_down(verdict)
         if verdict[0]:
-            self.broadcast(parameters)
+            self.hand_down(parameters)
 
     def free(self) -> None:
         """There is nothing to free."""
@@ -114,10 +111,10 @@ class FlatReduction(TreeReduction):
 
     name = "flat"
 
-    def reduce(self, vector: NDArray) -> None:
+    def sum_up(self, vector: NDArray) -> None:
         chunked(self.comms.waiter, vector, lambda chunk: self.comms.world.Iallreduce(MPI.IN_PLACE, chunk))
 
-    def broadcast(self, vector: NDArray) -> None:
+    def hand_down(self, vector: NDArray) -> None:
         chunked(self.comms.waiter, vector, self.comms.world.Ibcast)
 
 

@@ -6,7 +6,6 @@ unmapped without the others. The space is allocated at once, so that too little 
 """
 
 import ctypes
-import importlib.machinery
 import mmap
 import os
 import platform
@@ -20,6 +19,7 @@ from numpy.typing import DTypeLike, NDArray
 from hiermpi.communication.objects import agree, broadcast_object
 from hiermpi.communication.waiting import Waiter
 from hiermpi.errors import UserError
+from hiermpi.native import built_library
 
 LINE = 64
 WORD_LINES = 2
@@ -119,14 +119,12 @@ class NodeBarrier:
 @cache
 def node_library() -> ctypes.CDLL | None:
     """What node.c was compiled to; None where it was not, or cannot be used."""
-    for suffix in importlib.machinery.EXTENSION_SUFFIXES:
-        path = Path(__file__).parent / f"_node{suffix}"
-        if path.exists():
-            library = ctypes.CDLL(str(path))
-            library.arrive.argtypes, library.arrive.restype = [ctypes.c_void_p, ctypes.c_uint32], ctypes.c_uint32
-            library.passed.argtypes = [ctypes.c_void_p, ctypes.c_uint32, ctypes.c_long]
-            return library if library.usable() else None
-    return None
+    library = built_library(Path(__file__).parent, "_node")
+    if library is None or not library.usable():
+        return None
+    library.arrive.argtypes, library.arrive.restype = [ctypes.c_void_p, ctypes.c_uint32], ctypes.c_uint32
+    library.passed.argtypes = [ctypes.c_void_p, ctypes.c_uint32, ctypes.c_long]
+    return library
 
 
 def shared_memory_usable() -> bool:

@@ -17,7 +17,6 @@ from hiermpi.communication.objects import agree
 from hiermpi.communication.reduction import FlatReduction, Reduction, TreeReduction, chunked, ireduce_in_place
 from hiermpi.communication.shared_memory import (
     LINE,
-    MAILBOX_DOUBLES,
     NodeBarrier,
     NodeMemory,
     shared_memory_usable,
@@ -51,6 +50,8 @@ class SharedReduction:
         self.comms = comms
         node = comms.node
         self._leaders = comms.world.Split(0 if node.rank == 0 else MPI.UNDEFINED, comms.rank)
+        self._joins = self._leaders != MPI.COMM_NULL and self._leaders.size > 1
+        """Whether this rank speaks for its node to others."""
         stride = -(-size // SLICE_UNIT) * SLICE_UNIT
         barrier_bytes = -(-NodeBarrier.nbytes(node.size) // LINE) * LINE
         width = np.dtype(dtype).itemsize
@@ -72,30 +73,7 @@ class SharedReduction:
     def parameter_vector(self) -> NDArray[np.float32]:
         return self._parameters[: self._size]
 
-    def reduce(self, vector: NDArray) -> None:
-        if self._is(vector, self._buffers[self.comms.node.rank]):
-            self._barrier.wait()
-            self._kernels.sum_buffers(self._total, self._buffers, *self._slice)
-            self._barrier.wait()
-            if self.comms.node.rank == 0:
-                vector[:] = self._total[: self._size]
-        else:
-            self._reduce_small(vector)
-        self._join_leaders(vector)
-
-    def _join_leaders(self, vector: NDArray) -> None:
-        if self._leaders != MPI.COMM_NULL and self._leaders.size > 1:
-            chunked(self.comms.waiter, vector, lambda chunk: ireduce_in_place(self._leaders, chunk))
-
-    def broadcast(self, vector: NDArray) -> None:
-        if self._leaders != MPI.COMM_NULL and self._leaders.size > 1:
-            chunked(self.comms.waiter, vector, self._leaders.Ibcast)
-        if self._is(vector, self._parameters):
-            self._barrier.wait()
-        else:
-            self._broadcast_small(vector)
-
-    def reduce_step(self, sums: NDArray[np.float64], gradients: NDArray) -> NDArray:
+    def reduce(self, sums: NDArray[np.float64], gradients: NDArray) -> NDArray:
         """Both behind the same two barriers."""
         boxes = self._next_mailboxes()
         boxes[self.comms.node.rank, : len(sums)] = sums
@@ -104,14 +82,15 @@ class SharedReduction:
         if self.comms.node.rank == 0:
             sums[:] = boxes[:, : len(sums)].sum(axis=0)
         self._barrier.wait()
-        self._join_leaders(sums)
         total = self._total[: self._size]
-        self._join_leaders(total)
+        if self._joins:
+            for vector in (sums, total):
+                chunked(self.comms.waiter, vector, lambda chunk: ireduce_in_place(self._leaders, chunk))
         return total
 
-    def broadcast_step(self, verdict: NDArray[np.float64], parameters: NDArray[np.float32]) -> None:
+    def broadcast(self, verdict: NDArray[np.float64], parameters: NDArray[np.float32]) -> None:
         """The root's node has the parameters already; all others wait behind one barrier."""
-        if self._leaders != MPI.COMM_NULL and self._leaders.size > 1:
+        if self._joins:
             chunked(self.comms.waiter, verdict, self._leaders.Ibcast)
             if verdict[0]:
                 chunked(self.comms.waiter, parameters, self._leaders.Ibcast)
@@ -124,29 +103,6 @@ class SharedReduction:
     def free(self) -> None:
         if self._leaders != MPI.COMM_NULL:
             self._leaders.Free()
-
-    def _is(self, vector: NDArray, memory: NDArray) -> bool:
-        return vector.ctypes.data == memory.ctypes.data
-
-    def _reduce_small(self, vector: NDArray) -> None:
-        """Through the mailboxes: the node's first rank adds them up in the order of the ranks."""
-        for first in range(0, len(vector), MAILBOX_DOUBLES):
-            part = vector[first : first + MAILBOX_DOUBLES]
-            boxes = self._next_mailboxes()
-            boxes[self.comms.node.rank, : len(part)] = part
-            self._barrier.wait()
-            if self.comms.node.rank == 0:
-                part[:] = boxes[:, : len(part)].sum(axis=0)
-
-    def _broadcast_small(self, vector: NDArray) -> None:
-        for first in range(0, len(vector), MAILBOX_DOUBLES):
-            part = vector[first : first + MAILBOX_DOUBLES]
-            boxes = self._next_mailboxes()
-            if self.comms.node.rank == 0:
-                boxes[0, : len(part)] = part
-            self._barrier.wait()
-            if self.comms.node.rank != 0:
-                part[:] = boxes[0, : len(part)]
 
     def _next_mailboxes(self) -> NDArray[np.float64]:
         """Two sets take turns: a set is written again only after a barrier that all its readers have reached."""

@@ -1,4 +1,4 @@
-"""Byte strings dealt out to all ranks of a communicator, arrays collected from them."""
+"""Byte strings dealt out to all ranks of a communicator."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -42,15 +42,3 @@ def owners(lengths: Sequence[int], size: int) -> NDArray[np.int64]:
     ends = np.cumsum(lengths)
     middles = ends - np.asarray(lengths) / 2
     return np.minimum(middles * size // max(int(ends[-1]) if len(ends) else 0, 1), size - 1).astype(np.int64)
-
-
-def collect_arrays(comm: MPI.Comm, values: NDArray[np.uint32], waiter: Waiter) -> NDArray[np.uint32] | None:
-    """All ranks' ``values``, one after another, at rank 0; None elsewhere. Collective over ``comm``."""
-    counts = np.zeros(comm.size, np.int64)
-    waiter.wait(comm.Igather(np.array([len(values)], np.int64), counts if comm.rank == 0 else None))
-    if comm.rank != 0:
-        waiter.wait(comm.Igatherv(values, None))
-        return None
-    everything = np.empty(int(counts.sum()), np.uint32)
-    waiter.wait(comm.Igatherv(values, [everything, (counts, np.cumsum(counts) - counts)]))
-    return everything

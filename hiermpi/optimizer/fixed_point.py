@@ -23,8 +23,6 @@ UNIT_EXPONENT = -40
 UNIT = 2.0**UNIT_EXPONENT
 LOSS_UNIT = 2.0**-24
 """Of losses: multiples of it below 2^29 add up exactly in float64."""
-WHOLE_FROM = np.float32(2.0**23)
-"""Floats from here on are integers."""
 AUTOMATIC_UNIT_TOKENS = 512
 FEWEST_UNITS = 16
 """Of a batch, where the choice is automatic: so many leaves have work."""
@@ -36,6 +34,16 @@ def unit_sequences(config: Config) -> int:
         return config.train.micro_batch_size
     by_tokens = AUTOMATIC_UNIT_TOKENS // config.model.context_length
     return max(1, min(by_tokens, -(-config.train.batch_size // FEWEST_UNITS)))
+
+
+def routed_together(config: Config) -> int:
+    """Sequences that are routed as one: a unit where ``hierarchy.reproducible``, else each by itself."""
+    return unit_sequences(config) if config.hierarchy.reproducible else 1
+
+
+def summed_type(config: Config) -> type[np.int64] | type[np.float32]:
+    """The type of the vectors that are summed over the ranks."""
+    return np.int64 if config.hierarchy.reproducible else np.float32
 
 
 def largest_addend(n_units: int) -> float:
@@ -62,7 +70,7 @@ def add_fixed(
     """
     kernels = kernels or load_kernels()
     if isinstance(kernels, CompiledKernels):
-        return kernels.add_fixed(sums, x, limit, fresh)
+        return kernels.add_fixed(sums, x, UNIT, limit, fresh)
     good = bool((np.abs(x) < np.float32(limit)).all())
     if good:  # otherwise the sum is not used
         rounded = np.rint(x * np.float32(1 / UNIT)).astype(np.int64)
@@ -74,7 +82,7 @@ def from_fixed(out: NDArray[np.float32], sums: NDArray[np.int64], kernels: Kerne
     """Write the sums, rounded to float32, to ``out`` (n,)."""
     kernels = kernels or load_kernels()
     if isinstance(kernels, CompiledKernels):
-        kernels.from_fixed(out, sums)
+        kernels.from_fixed(out, sums, UNIT)
         return
     out[:] = sums.astype(np.float64) * UNIT
 

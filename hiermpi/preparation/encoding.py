@@ -64,8 +64,8 @@ class TeamEncoder(Encoder):
 
     def _round(self, texts: Sequence[bytes] | None, described: str) -> NDArray[np.uint32] | None:
         """One collective exchange; an error of any rank is raised at rank 0 when all are through it."""
-        from hiermpi.communication.objects import broadcast_object, gather_objects
-        from hiermpi.communication.team import collect_arrays, deal_texts
+        from hiermpi.communication.objects import broadcast_object, gather_arrays, gather_objects
+        from hiermpi.communication.team import deal_texts
 
         mine = deal_texts(self.world, texts, self._waiter)
         if mine is None:
@@ -80,11 +80,11 @@ class TeamEncoder(Encoder):
         except Exception as caught:  # noqa: BLE001  (raised at rank 0)
             error = str(caught) if isinstance(caught, UserError) else f"{type(caught).__name__}: {caught}"
         errors = gather_objects(self.world, error, self._waiter)
-        collected = collect_arrays(self.world, ids, self._waiter)
+        collected = gather_arrays(self.world, ids, self._waiter)
         for rank, text in enumerate(errors or ()):
             if text:
                 raise UserError(f"rank {rank} cannot encode: {text}" if rank else text)
-        return ids if collected is None else collected
+        return ids if collected is None else collected[0]
 
 
 def encode_each(tokenizer: Tokenizer, texts: Sequence[bytes]) -> NDArray[np.uint32]:

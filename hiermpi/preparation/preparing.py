@@ -19,7 +19,7 @@ from hiermpi.preparation.encoding import Encoder
 from hiermpi.preparation.spool import Spool
 from hiermpi.progress import ProgressBar
 from hiermpi.storage.dataset import SPLITS, DatasetContent, write_dataset
-from hiermpi.storage.files import told
+from hiermpi.storage.files import require_new, told
 
 FEWEST_TOKENS = 2
 BPE_TOKENS = 8192
@@ -70,12 +70,7 @@ def check(arguments: argparse.Namespace) -> None:
         raise UsageError(f"--val-fraction {arguments.val_fraction}: expected more than 0 and at most 0.5")
     if not 1 <= arguments.symmetry_order <= 255:
         raise UsageError(f"--symmetry-order {arguments.symmetry_order}: expected 1 to 255")
-    if arguments.out.is_dir():
-        raise UsageError(f"{arguments.out} is a folder: name a file with --out")
-    if arguments.out.exists() and not arguments.force:
-        raise UsageError(f"{arguments.out} exists: name another --out, or add --force to replace it")
-    if not arguments.out.parent.is_dir():
-        raise UsageError(f"{arguments.out.parent} is not a folder: make it first, or name another --out")
+    require_new(arguments.out, arguments.force)
 
 
 def stored_tokenizer(path: Path) -> Tokenizer:

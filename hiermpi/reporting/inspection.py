@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 
 from hiermpi.data.tokenizers import tokenizer_from_json
-from hiermpi.errors import UserError
 from hiermpi.storage.checkpoint import Checkpoint, load_checkpoint, parameters_digest
 from hiermpi.storage.container import kind_of
 from hiermpi.storage.dataset import SPLITS, TokenDataset, open_dataset
@@ -21,17 +20,14 @@ MOST_FREQUENT = 12
 def inspect(path: Path) -> dict[str, Any]:
     """What is in the file, or in the newest checkpoint of the run folder. Raises UserError."""
     if path.is_dir():
-        found = RunFolder(path).checkpoints.newest_valid()
-        if found is None:
-            raise UserError(f"{path} holds no checkpoint: name a run folder, a dataset or a checkpoint")
-        return inspect_checkpoint(*found)
+        return inspect_checkpoint(*RunFolder(path).newest_checkpoint())
     if kind_of(path) == "dataset":
         dataset = open_dataset(path)
         try:
             return inspect_dataset(dataset)
         finally:
             dataset.close()
-    return inspect_checkpoint(path, load_checkpoint(path))
+    return inspect_checkpoint(path, load_checkpoint(path, with_moments=False))
 
 
 def inspect_dataset(dataset: TokenDataset) -> dict[str, Any]:

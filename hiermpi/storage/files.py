@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from hiermpi.errors import UserError
+from hiermpi.errors import UsageError, UserError
 
 TEMPORARY_SUFFIX = ".writing"
 ADVICE = {
@@ -25,6 +25,16 @@ def told(path: Path, doing: str) -> Iterator[None]:
     except OSError as error:
         advice = ADVICE.get(error.errno or 0, "")
         raise UserError(f"cannot {doing} {path}: {error.strerror or error}{advice}") from None
+
+
+def require_new(path: Path, force: bool) -> None:
+    """Refuse an output file that cannot be made, or stands there already. Raises UsageError."""
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder: name a file with --out")
+    if path.exists() and not force:
+        raise UsageError(f"{path} exists: name another --out, or add --force to replace it")
+    if not path.parent.is_dir():
+        raise UsageError(f"{path.parent} is not a folder: make it first, or name another --out")
 
 
 def write_whole(path: Path, write: Callable[[int], None]) -> None:

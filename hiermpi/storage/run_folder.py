@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hiermpi.errors import UserError
-from hiermpi.storage.checkpoint import CheckpointFolder
+from hiermpi.storage.checkpoint import Checkpoint, CheckpointFolder
 from hiermpi.storage.files import told, write_bytes, write_whole
 
 
@@ -36,6 +36,13 @@ class RunFolder:
             probe.touch()
             probe.unlink(missing_ok=True)
         self.checkpoints.remove_leftovers()
+
+    def newest_checkpoint(self) -> tuple[Path, Checkpoint]:
+        """The newest whole checkpoint, without its moments. Raises UserError where there is none."""
+        found = self.checkpoints.newest_valid(with_moments=False)
+        if found is None:
+            raise UserError(f"{self.path} holds no checkpoint: name a run folder of hiermpi train, or a file")
+        return found
 
     def write_config(self, text: str) -> None:
         """Write config.toml."""

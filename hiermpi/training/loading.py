@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from hiermpi.errors import DamagedFile, UserError
+from hiermpi.errors import DamagedFile
 from hiermpi.model.transformer import Transformer, transformer_specs
 from hiermpi.storage.checkpoint import Checkpoint, load_checkpoint, model_config
 from hiermpi.storage.run_folder import RunFolder
@@ -13,12 +13,9 @@ from hiermpi.storage.run_folder import RunFolder
 
 def open_checkpoint(source: Path) -> Checkpoint:
     """The checkpoint in file ``source``, or the newest whole one of the run in folder ``source``, without moments."""
-    if not source.is_dir():
-        return load_checkpoint(source, with_moments=False)
-    found = RunFolder(source).checkpoints.newest_valid()
-    if found is None:
-        raise UserError(f"{source} holds no checkpoint: name a run folder of hiermpi train, or a checkpoint file")
-    return found[1]
+    if source.is_dir():
+        return RunFolder(source).newest_checkpoint()[1]
+    return load_checkpoint(source, with_moments=False)
 
 
 def load_model(checkpoint: Checkpoint, symmetry_group: NDArray[np.uint8] | None = None) -> Transformer:

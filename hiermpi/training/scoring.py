@@ -57,7 +57,7 @@ def score_together(source: Path, data: Path, split: str, world: "MPI.Comm") -> d
     comms = Communicators(world, config.symmetry_order)
     # Rows, not tokens, travel: the order of the rows matters at rank 0 only.
     model = scored.model if scored else Transformer(config, np.zeros(config.vocab_size, np.uint8))
-    TreeReduction(comms).broadcast(model.parameters.vector)
+    TreeReduction(comms).hand_down(model.parameters.vector)
     scatter = BatchScatter(comms, ID_COLUMNS + config.context_length + 1)
     windows = windows_of(scored, split) if scored else None
     evaluation = Evaluator(model, comms, scatter, windows, 32 * comms.topology.n_leaves).evaluate()
@@ -73,10 +73,10 @@ def open_scored(source: Path, data: Path, split: str) -> Scored:
 
     checkpoint = open_checkpoint(source)
     dataset = open_dataset(data)
-    without = tokenizer_from_json(checkpoint.tokenizer).kind == "none"
-    if without and dataset.vocab_size > model_config(checkpoint).vocab_size:
+    without, vocab_size = tokenizer_from_json(checkpoint.tokenizer).kind == "none", model_config(checkpoint).vocab_size
+    if without and dataset.vocab_size > vocab_size:
         raise UserError(
-            f"{data} has {dataset.vocab_size} tokens, the model {model_config(checkpoint).vocab_size}: "
+            f"{data} has {dataset.vocab_size} tokens, the model {vocab_size}: "
             "evaluate on data of the model's own tokenizer"
         )
     if without:

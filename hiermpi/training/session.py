@@ -28,7 +28,7 @@ from hiermpi.hierarchy.symmetry import symmetry_groups
 from hiermpi.model.kernels import load_kernels
 from hiermpi.model.parameters import ParameterLayout
 from hiermpi.model.transformer import Transformer, transformer_specs
-from hiermpi.optimizer.fixed_point import differing, unit_sequences
+from hiermpi.optimizer.fixed_point import differing, routed_together, summed_type
 from hiermpi.optimizer.optimizer import Optimizer, OptimizerSettings
 from hiermpi.training.batches import BatchSource, EvaluationSource
 from hiermpi.training.evaluation import Evaluation
@@ -188,8 +188,7 @@ class Session:
         limit_threads(config.run.threads_per_rank, comms)
         if config.hierarchy.reproducible:
             require_one_kind(comms)
-        summed = np.int64 if config.hierarchy.reproducible else np.float32
-        self.reduction = make_reduction(config.hierarchy.reduction, comms, size, summed)
+        self.reduction = make_reduction(config.hierarchy.reduction, comms, size, summed_type(config))
         self.phases = Phases(comms.rank, comms.waiter, start.faults)
         self.progress = Progress(start.step, start.cursor, start.skipped)
         self.stopping = self._stop_requests()
@@ -315,7 +314,7 @@ class Session:
         shape = self.config.model
         known = self.opened.dataset.symmetry_group if self.opened else None
         groups = symmetry_groups(known, shape.vocab_size, shape.symmetry_order)
-        TreeReduction(self.comms).broadcast(groups)
+        TreeReduction(self.comms).hand_down(groups)
         error, model = None, None
         try:
             model = Transformer(
@@ -346,15 +345,15 @@ class Session:
         return optimizer
 
     def _share_parameters(self) -> None:
-        self.reduction.broadcast(self.model.parameters.vector)
+        self.reduction.broadcast(np.ones(1), self.model.parameters.vector)
 
     def _source(self) -> BatchSource | None:
         if self.opened is None:
             return None
         dataset, config = self.opened.dataset, self.config
         sampler = Sampler(dataset.length("train"), config.model.context_length, config.train.seed)
-        unit = unit_sequences(config) if config.hierarchy.reproducible else 1
-        router = Router(self.comms.topology, config.hierarchy.routing, dataset.symmetry_group, dataset.counts, unit)
+        tables = (dataset.symmetry_group, dataset.counts)
+        router = Router(self.comms.topology, config.hierarchy.routing, *tables, routed_together(config))
         return BatchSource(dataset, sampler, router, self.model.symmetry.row_of_token, config.train.batch_size)
 
     def _evaluation_source(self) -> EvaluationSource | None:

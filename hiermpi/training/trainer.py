@@ -145,7 +145,7 @@ class Trainer:
         with phases("compute"):
             sums = self._compute(rows)
         with phases("reduce"):
-            total = self.reduction.reduce_step(sums, self.sums)
+            total = self.reduction.reduce(sums, self.sums)
         with phases("optimize"):
             verdict = self._optimize(sums, total) if self.optimizer else Verdict(*[0.0] * len(Verdict._fields))
         with phases("broadcast"):
@@ -167,12 +167,7 @@ class Trainer:
         """Put this leaf's gradient sums into :attr:`gradients`; return its [loss_sum, n_tokens, bad, stop]."""
         if self.reproducible:
             return self._compute_units(rows)
-        loss, tokens = 0.0, 0
-        if len(rows):
-            loss, tokens = self._write_gradients(rows)
-        else:
-            self.gradients[:] = 0
-            self._plant_nan()
+        loss, tokens = self._write_gradients(rows)
         # What the sum overwrites is looked at now; else a norm that is not finite will tell, and then who it was.
         bad = not isfinite(loss) or not (self.reduction.keeps_gradients or all_finite(self.gradients))
         self._complaint = self._describe_bad(rows) if bad else ""
@@ -184,38 +179,30 @@ class Trainer:
         Rows come in the order of the batch and units are routed whole, so every unit but the batch's last is full.
         """
         loss, tokens, self._complaint = 0.0, 0, ""
-        for first in range(0, len(rows), self.unit):
+        for first in range(0, max(len(rows), 1), self.unit):
             part = rows[first : first + self.unit]
             unit_loss, unit_tokens = self._write_gradients(part)
             fits = add_fixed(self.sums, self.gradients, self._largest, fresh=first == 0)
             if not (fits and isfinite(unit_loss)) and not self._complaint:
                 self._complaint = self._describe_bad(part)
             loss, tokens = loss + rounded_loss(unit_loss), tokens + unit_tokens
-        if not len(rows):
-            self.sums[:] = 0
-            self.gradients[:] = 0
-            if self._plant_nan():
-                self._complaint = self._describe_bad(rows)
         return np.array([loss, tokens, bool(self._complaint), self.stopping.requested()], np.float64)
 
     def _write_gradients(self, rows: NDArray[np.int32]) -> tuple[float, int]:
-        """The gradient of these sequences, in place of what :attr:`gradients` held."""
+        """The gradient of these sequences, if any, in place of what :attr:`gradients` held."""
         batch = rows_to_batch(rows, self.config.train.seed, self.progress.step)
-        if isinstance(self.model, WritingModel):
+        result = 0.0, 0
+        if len(rows) and isinstance(self.model, WritingModel):
             result = self.model.write_gradients(batch, self.gradients)
         else:
             self.gradients[:] = 0
-            result = self.model.loss_and_gradients(batch, self.gradients)
-        self._plant_nan()
-        return result
-
-    def _plant_nan(self) -> bool:
-        """Let an injected ``nan`` fault of this step happen."""
+            if len(rows):
+                result = self.model.loss_and_gradients(batch, self.gradients)
         fault = self.phases.planted_nan()
         if fault is not None:
             spec = self.model.parameters.specs[fault.tensor]
             self.gradients[self.model.parameters.offsets[spec.name]] = np.nan
-        return fault is not None
+        return result
 
     def _optimize(self, sums: NDArray[np.float64], total: NDArray) -> Verdict:
         """Decide on the step and, unless it must be skipped, update the root's parameters."""
@@ -235,7 +222,7 @@ class Trainer:
 
     def _broadcast(self, verdict: Verdict) -> Verdict:
         vector = np.array(verdict, np.float64)
-        self.reduction.broadcast_step(vector, self.model.parameters.vector)
+        self.reduction.broadcast(vector, self.model.parameters.vector)
         return Verdict(*(float(value) for value in vector))
 
     def _commit(self, verdict: Verdict, rows: NDArray[np.int32], batch: PreparedBatch | None) -> None:

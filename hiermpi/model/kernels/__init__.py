@@ -5,7 +5,6 @@
 """
 
 import ctypes
-import importlib.machinery
 import os
 from functools import cache
 from pathlib import Path
@@ -13,6 +12,7 @@ from pathlib import Path
 from hiermpi.errors import UsageError
 from hiermpi.model.kernels.compiled import CompiledKernels
 from hiermpi.model.kernels.reference import ReferenceKernels
+from hiermpi.native import built_library
 
 Kernels = ReferenceKernels | CompiledKernels
 
@@ -46,8 +46,4 @@ def load_kernels(choice: str = "") -> Kernels:
 @cache
 def find_library() -> ctypes.CDLL | None:
     """The compiled library; None where it was not built."""
-    for suffix in importlib.machinery.EXTENSION_SUFFIXES:
-        path = Path(__file__).parent / f"_kernels{suffix}"
-        if path.exists():
-            return ctypes.CDLL(str(path))
-    return None
+    return built_library(Path(__file__).parent, "_kernels")

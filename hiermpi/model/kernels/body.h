@@ -503,30 +503,21 @@ void NAME(block_sums)(double *sums, const float *x, const int64_t *bounds, long 
 
 /* out[i] = sum over b of buffers[b][i] for start <= i < stop, added in the order of b; buffer b begins at b * stride.
  * In pieces that stay in the cache. */
-void NAME(sum_buffers)(float *restrict out, const float *restrict buffers, long stride, long count, long start,
-                       long stop) {
-    for (long first = start; first < stop; first += 4096) {
-        const long last = first + 4096 < stop ? first + 4096 : stop;
-        memcpy(out + first, buffers + first, 4 * (size_t)(last - first));
-        for (long b = 1; b < count; b++) {
-            const float *x = buffers + b * stride;
-            for (long i = first; i < last; i++) out[i] += x[i];
-        }
+#define SUM_OVER_BUFFERS(name, type)                                                                               \
+    void NAME(name)(type *restrict out, const type *restrict buffers, long stride, long count, long start, long stop) { \
+        const long piece = 16384 / sizeof(type);                                                                   \
+        for (long first = start; first < stop; first += piece) {                                                   \
+            const long last = first + piece < stop ? first + piece : stop;                                         \
+            memcpy(out + first, buffers + first, sizeof(type) * (size_t)(last - first));                           \
+            for (long b = 1; b < count; b++) {                                                                     \
+                const type *x = buffers + b * stride;                                                              \
+                for (long i = first; i < last; i++) out[i] += x[i];                                                \
+            }                                                                                                      \
+        }                                                                                                          \
     }
-}
-
-/* The same for integers. */
-void NAME(sum_integers)(int64_t *restrict out, const int64_t *restrict buffers, long stride, long count, long start,
-                        long stop) {
-    for (long first = start; first < stop; first += 2048) {
-        const long last = first + 2048 < stop ? first + 2048 : stop;
-        memcpy(out + first, buffers + first, 8 * (size_t)(last - first));
-        for (long b = 1; b < count; b++) {
-            const int64_t *x = buffers + b * stride;
-            for (long i = first; i < last; i++) out[i] += x[i];
-        }
-    }
-}
+SUM_OVER_BUFFERS(sum_buffers, float)
+SUM_OVER_BUFFERS(sum_integers, int64_t)
+#undef SUM_OVER_BUFFERS
 
 /* sums[i] (+)= the integer nearest to x[i] * scale, ties to even; `scale` is a power of two. Whether any |x[i]| is not
  * below `limit`, NaN included: the conversion would turn it into nonsense silently. */

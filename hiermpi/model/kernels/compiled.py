@@ -15,7 +15,6 @@ Array = NDArray[np.float32]
 
 OWN_PRODUCTS = frozenset({"avx512"})
 """Levels at which the products of product.h are faster than OpenBLAS's: see hiermpi bench kernels."""
-FIXED_SCALE = 2.0**40
 PANEL_COLUMNS = 48
 """Columns of the widest panel in product.h."""
 
@@ -193,13 +192,13 @@ class CompiledKernels:
         name = "sum_integers" if out.dtype == np.int64 else "sum_buffers"
         self._call[name](at(out), at(buffers), buffers.shape[1], buffers.shape[0], start, stop)
 
-    def add_fixed(self, sums: NDArray[np.int64], x: Array, limit: float, fresh: bool) -> bool:
-        """See :func:`hiermpi.optimizer.fixed_point.add_fixed`."""
-        return not self._call["add_fixed"](at(sums), at(x), len(x), FIXED_SCALE, limit, fresh)
+    def add_fixed(self, sums: NDArray[np.int64], x: Array, unit: float, limit: float, fresh: bool) -> bool:
+        """See :func:`hiermpi.optimizer.fixed_point.add_fixed`; ``unit`` is a power of two."""
+        return not self._call["add_fixed"](at(sums), at(x), len(x), 1.0 / unit, limit, fresh)
 
-    def from_fixed(self, out: Array, sums: NDArray[np.int64]) -> None:
+    def from_fixed(self, out: Array, sums: NDArray[np.int64], unit: float) -> None:
         """See :func:`hiermpi.optimizer.fixed_point.from_fixed`."""
-        self._call["from_fixed"](at(out), at(sums), len(sums), 1.0 / FIXED_SCALE)
+        self._call["from_fixed"](at(out), at(sums), len(sums), unit)
 
     def _scratch_for(self, shape: Sequence[int]) -> Array:
         length, width = padded(shape[1]), padded(shape[3])
