@@ -25,13 +25,14 @@ from hiermpi.config.schema import Config
 from hiermpi.data.rows import ID_COLUMNS
 from hiermpi.data.sampling import Sampler
 from hiermpi.hierarchy.routing import Router
+from hiermpi.hierarchy.symmetry import symmetry_groups
 from hiermpi.model.kernels import Kernels, load_kernels
-from hiermpi.model.parameters import ParameterLayout
-from hiermpi.model.transformer import Transformer, flops_per_token, transformer_specs
+from hiermpi.model.transformer import Transformer, flops_per_token
 from hiermpi.optimizer.fixed_point import routed_together, summed_type
-from hiermpi.optimizer.optimizer import Optimizer, OptimizerSettings
+from hiermpi.optimizer.optimizer import OptimizerSettings
 from hiermpi.training.batches import BatchSource
 from hiermpi.training.phases import Phases
+from hiermpi.training.placement import make_optimizer, ownership_of
 from hiermpi.training.stopping import StopRequests
 from hiermpi.training.trainer import Progress, Trainer
 
@@ -61,8 +62,9 @@ class RandomTokens:
 def make_trainer(config: Config, comms: Communicators, kernels: Kernels) -> Trainer:
     """A trainer on random tokens. Collective over the hierarchy."""
     model_config, root = config.model, comms.rank == 0
-    size = ParameterLayout(transformer_specs(model_config)).size
-    reduction = make_reduction(config.hierarchy.reduction, comms, size, summed_type(config))
+    groups = symmetry_groups(None, model_config.vocab_size, model_config.symmetry_order)
+    ownership = ownership_of(config, comms.topology, groups)
+    reduction = make_reduction(config.hierarchy.reduction, comms, ownership, summed_type(config))
     model = Transformer(
         model_config,
         storage=reduction.parameter_vector(),
@@ -71,17 +73,15 @@ def make_trainer(config: Config, comms: Communicators, kernels: Kernels) -> Trai
     )
     if root:
         model.initialize(config.train.seed)
-    reduction.broadcast(np.ones(1), model.parameters.vector)
+    reduction.share(model.parameters.vector)
     settings = OptimizerSettings(config.optimizer, config.train.grad_clip, config.train.steps)
-    source, optimizer = None, None
+    source, optimizer = None, make_optimizer(config, model, ownership, comms.rank, kernels)
     if root:
         tokens = RandomTokens(model_config.vocab_size)
         counts = np.bincount(tokens.tokens, minlength=model_config.vocab_size)
-        groups = (np.arange(model_config.vocab_size) % model_config.symmetry_order).astype(np.uint8)
         router = Router(comms.topology, config.hierarchy.routing, groups, counts, routed_together(config))
         sampler = Sampler(CORPUS_TOKENS, model_config.context_length, config.train.seed)
         source = BatchSource(tokens, sampler, router, model.symmetry.row_of_token, config.train.batch_size)
-        optimizer = Optimizer(model.parameters, settings, model.symmetry.class_bounds, kernels)
     return Trainer(
         config,
         comms,

@@ -2,15 +2,16 @@
 
     gradient = (sum over leaves of their gradient SUMS) / (sum over leaves of their target TOKENS)
 
-Here only the sums are formed; the division happens once, where the optimizer steps. A rank with no sequence takes
-part with zeros.
+Here only the sums are formed, each part of the vector where its owner is (:mod:`hiermpi.hierarchy.ownership`); the
+division happens once, where the optimizer steps. A rank with no sequence takes part with zeros.
 
-- ``tree``: Reduce on each group communicator, then Reduce on the control communicator.
+- ``tree``: Reduce on each group communicator, then on the control communicator to each part's owner.
 - ``shared``: in memory that the ranks of a node share (:mod:`hiermpi.communication.shared_reduction`).
 - ``flat``: one Allreduce over the world; the reference that every other form must equal.
 """
 
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Protocol
 
@@ -20,6 +21,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from hiermpi.communication.communicators import Communicators
 from hiermpi.communication.waiting import Waiter
+from hiermpi.hierarchy.ownership import Ownership, Span
 from hiermpi.model.parameters import aligned_zeros
 
 CHUNK_BYTES = 1 << 17
@@ -28,9 +30,13 @@ CHUNKS_IN_FLIGHT = 8
 
 
 class Reduction(Protocol):
-    """A way to sum a vector over all ranks at the root, and to give every rank the root's vector."""
+    """A way to sum a vector over all ranks at its owners, and to give every rank the owners' vector.
+
+    All methods are collective over the hierarchy, but for those that return memory.
+    """
 
     name: str
+    ownership: Ownership
     keeps_gradients: bool
     """Whether :meth:`reduce` leaves every rank's own gradient as it was."""
 
@@ -40,21 +46,30 @@ class Reduction(Protocol):
     def parameter_vector(self) -> NDArray[np.float32]:
         """The parameters, in the memory where they are broadcast best."""
 
-    def reduce(self, sums: NDArray[np.float64], gradients: NDArray) -> NDArray:
-        """Sum a few numbers, and the vector of :meth:`gradient_vector`, over the ranks. Collective over the hierarchy.
+    def share(self, parameters: NDArray[np.float32]) -> None:
+        """Give every rank the root's :meth:`parameter_vector`, whoever owns it."""
 
-        Leaves the sum of the numbers in the root's ``sums``, and returns the vector that holds the other sum there;
-        on other ranks both are scratch.
+    def reduce(self, sums: NDArray[np.float64], gradients: NDArray) -> NDArray:
+        """Sum a few numbers, and the vector of :meth:`gradient_vector`, over the ranks.
+
+        Leaves the sum of the numbers in the ``sums`` of the root and of every owner, and returns a vector that holds
+        the other sum at least in the parts that this rank owns; all else is scratch. Gradients may be written again
+        after the next call that is collective.
+        """
+
+    def exchange(self, values: NDArray[np.float64] | None) -> None:
+        """Give the root and every owner what each owner found for its blocks.
+
+        Args:
+            values: (k, blocks), k at most 2, on the root and the owners: filled where this rank owns the block, zero
+                elsewhere, and filled altogether afterwards. None on all other ranks.
         """
 
     def broadcast(self, verdict: NDArray[np.float64], parameters: NDArray[np.float32]) -> None:
-        """Give every rank the root's numbers and, where the first is not 0, its :meth:`parameter_vector`.
-
-        Collective over the hierarchy.
-        """
+        """Give every rank the root's numbers and, where the first is not 0, each owner's part of the parameters."""
 
     def free(self) -> None:
-        """Free what was made. Collective over the hierarchy."""
+        """Free what was made."""
 
 
 class TreeReduction:
@@ -62,72 +77,123 @@ class TreeReduction:
 
     Args:
         comms: the hierarchy.
-        size: elements of the gradient and parameter vectors.
+        ownership: of the vectors.
         dtype: of the gradients: float32, or int64 for fixed point.
     """
 
     name = "tree"
     keeps_gradients = False
 
-    def __init__(self, comms: Communicators, size: int = 0, dtype: DTypeLike = np.float32) -> None:
+    def __init__(self, comms: Communicators, ownership: Ownership, dtype: DTypeLike = np.float32) -> None:
         self.comms = comms
-        self.size = size
+        self.ownership = ownership
         self.dtype = dtype
 
     def gradient_vector(self) -> NDArray:
-        return aligned_zeros(self.size, self.dtype)
+        return aligned_zeros(self.ownership.size, self.dtype)
 
     def parameter_vector(self) -> NDArray[np.float32]:
-        return aligned_zeros(self.size, np.float32)
+        return aligned_zeros(self.ownership.size, np.float32)
 
-    def sum_up(self, vector: NDArray) -> None:
-        """Leave the sum over ranks of any ``vector`` at the root. Collective over the hierarchy."""
-        # Group, then control.
-        for comm in self.comms.levels_up():
-            chunked(self.comms.waiter, vector, partial(ireduce_in_place, comm))
-
-    def hand_down(self, vector: NDArray) -> None:
-        """Give every rank the root's ``vector``, whatever it is. Collective over the hierarchy."""
-        # Control, then group.
-        for comm in self.comms.levels_down():
-            chunked(self.comms.waiter, vector, comm.Ibcast)
+    def share(self, parameters: NDArray[np.float32]) -> None:
+        hand_down(self.comms, parameters)
 
     def reduce(self, sums: NDArray[np.float64], gradients: NDArray) -> NDArray:
-        self.sum_up(sums)
-        self.sum_up(gradients)
+        comms = self.comms
+        if comms.group != MPI.COMM_NULL:
+            for vector in (sums, gradients):
+                chunked(comms.waiter, vector, partial(ireduce_in_place, comms.group))
+        if comms.control != MPI.COMM_NULL:
+            if self.ownership.shared_out:
+                comms.waiter.wait(comms.control.Iallreduce(MPI.IN_PLACE, sums))
+            else:
+                comms.waiter.wait(ireduce_in_place(comms.control, sums))
+            reduce_spans(comms.waiter, comms.control, gradients, self.ownership.spans)
         return gradients
 
+    def exchange(self, values: NDArray[np.float64] | None) -> None:
+        exchange_on_control(self.comms, values)
+
     def broadcast(self, verdict: NDArray[np.float64], parameters: NDArray[np.float32]) -> None:
-        self.hand_down(verdict)
-        if verdict[0]:
-            self.hand_down(parameters)
+        comms = self.comms
+        hand_down(comms, verdict)
+        if not verdict[0]:
+            return
+        if comms.control != MPI.COMM_NULL:
+            broadcast_spans(comms.waiter, comms.control, parameters, self.ownership.spans)
+        if comms.group != MPI.COMM_NULL:
+            chunked(comms.waiter, parameters, comms.group.Ibcast)
 
     def free(self) -> None:
         """There is nothing to free."""
 
 
 class FlatReduction(TreeReduction):
-    """One Allreduce over the world, one Bcast."""
+    """One Allreduce over the world, one Bcast from each owner."""
 
     name = "flat"
 
-    def sum_up(self, vector: NDArray) -> None:
-        chunked(self.comms.waiter, vector, lambda chunk: self.comms.world.Iallreduce(MPI.IN_PLACE, chunk))
+    def reduce(self, sums: NDArray[np.float64], gradients: NDArray) -> NDArray:
+        for vector in (sums, gradients):
+            chunked(self.comms.waiter, vector, partial(self.comms.world.Iallreduce, MPI.IN_PLACE))
+        return gradients
 
-    def hand_down(self, vector: NDArray) -> None:
-        chunked(self.comms.waiter, vector, self.comms.world.Ibcast)
+    def broadcast(self, verdict: NDArray[np.float64], parameters: NDArray[np.float32]) -> None:
+        world, waiter = self.comms.world, self.comms.waiter
+        waiter.wait(world.Ibcast(verdict))
+        if verdict[0]:
+            ranks = self.ownership.ranks
+            spans = [span._replace(owner=ranks[span.owner]) for span in self.ownership.spans]
+            broadcast_spans(waiter, world, parameters, spans)
 
 
-def ireduce_in_place(comm: MPI.Comm, chunk: NDArray) -> MPI.Request:
-    """Start a sum to rank 0 of ``comm``, in place there."""
-    return comm.Ireduce(MPI.IN_PLACE, chunk) if comm.rank == 0 else comm.Ireduce(chunk, None)
+def hand_down(comms: Communicators, vector: NDArray) -> None:
+    """Give every rank the root's ``vector``: control, then group. Collective over the hierarchy."""
+    for comm in comms.levels_down():
+        chunked(comms.waiter, vector, comm.Ibcast)
+
+
+def exchange_on_control(comms: Communicators, values: NDArray[np.float64] | None) -> None:
+    """:meth:`Reduction.exchange` by messages: what is zero elsewhere adds up to what it is. Collective over control."""
+    if values is not None and comms.control != MPI.COMM_NULL:
+        chunked(comms.waiter, values.reshape(-1), partial(comms.control.Iallreduce, MPI.IN_PLACE))
+
+
+def reduce_spans(waiter: Waiter, comm: MPI.Comm, vector: NDArray, spans: Iterable[Span]) -> None:
+    """Leave the sum over ``comm`` of each span at its owner there; elsewhere it stays. Collective over ``comm``."""
+    pipelined(waiter, (partial(ireduce_in_place, comm, chunk, owner) for chunk, owner in span_chunks(vector, spans)))
+
+
+def broadcast_spans(waiter: Waiter, comm: MPI.Comm, vector: NDArray, spans: Iterable[Span]) -> None:
+    """Give every rank of ``comm`` each span of its owner there. Collective over ``comm``."""
+    pipelined(waiter, (partial(comm.Ibcast, chunk, owner) for chunk, owner in span_chunks(vector, spans)))
+
+
+def ireduce_in_place(comm: MPI.Comm, chunk: NDArray, root: int = 0) -> MPI.Request:
+    """Start a sum to rank ``root`` of ``comm``, in place there."""
+    return comm.Ireduce(MPI.IN_PLACE, chunk, root=root) if comm.rank == root else comm.Ireduce(chunk, None, root=root)
 
 
 def chunked(waiter: Waiter, vector: NDArray, start: Callable[[NDArray], MPI.Request]) -> None:
     """Do what ``start`` starts on every chunk of ``vector``, a few at a time."""
-    pieces = chunks(vector)
-    for first in range(0, len(pieces), CHUNKS_IN_FLIGHT):
-        waiter.wait_all([start(chunk) for chunk in pieces[first : first + CHUNKS_IN_FLIGHT]])
+    pipelined(waiter, (partial(start, chunk) for chunk in chunks(vector)))
+
+
+def pipelined(waiter: Waiter, starts: Iterable[Callable[[], MPI.Request]]) -> None:
+    """Do what all of ``starts`` start, a few at a time, in their order."""
+    flying: deque[MPI.Request] = deque()
+    for start in starts:
+        if len(flying) == CHUNKS_IN_FLIGHT:
+            waiter.wait(flying.popleft())
+        flying.append(start())
+    waiter.wait_all(list(flying))
+
+
+def span_chunks(vector: NDArray, spans: Iterable[Span]) -> Iterator[tuple[NDArray, int]]:
+    """Views that cover the ``spans`` in pieces of at most :data:`CHUNK_BYTES`, and the owner of each."""
+    for span in spans:
+        for chunk in chunks(vector[span.start : span.stop]):
+            yield chunk, span.owner
 
 
 def chunks(vector: NDArray) -> list[NDArray]:

@@ -1,9 +1,10 @@
-"""Sums in memory that a node's ranks share: level 1 is the node, level 2 its leaders.
+"""Sums in memory that a node's ranks share: level 1 is the node, level 2 joins the nodes.
 
-Every rank of a node sums its own slice over the gradients of all ranks there, in the order of the ranks, into a vector
-of the node; then the nodes' first ranks reduce theirs to the root, chunk by chunk. There is one
-copy of the parameters per node, so a broadcast inside a node is a barrier. Groups decide routing and ownership, the
-machine decides the sum.
+Every rank of a node sums its own slices over the gradients of all ranks there, in the order of the ranks, into a vector
+of the node. Where there are several nodes, the ranks at place k of each then carry the k-th part of that vector
+between them, each part to the node of its owner, chunk by chunk: as many communicators of leaders as the smallest node
+has ranks. There is one copy of the parameters per node, so a broadcast inside a node is a barrier. Groups decide
+routing and ownership, the machine decides the sum.
 """
 
 import logging
@@ -14,7 +15,14 @@ from numpy.typing import DTypeLike, NDArray
 
 from hiermpi.communication.communicators import Communicators
 from hiermpi.communication.objects import agree
-from hiermpi.communication.reduction import FlatReduction, Reduction, TreeReduction, chunked, ireduce_in_place
+from hiermpi.communication.reduction import (
+    FlatReduction,
+    Reduction,
+    TreeReduction,
+    broadcast_spans,
+    exchange_on_control,
+    reduce_spans,
+)
 from hiermpi.communication.shared_memory import (
     LINE,
     NodeBarrier,
@@ -22,11 +30,11 @@ from hiermpi.communication.shared_memory import (
     shared_memory_usable,
 )
 from hiermpi.errors import UserError
-from hiermpi.hierarchy.topology import block_bounds
+from hiermpi.hierarchy.ownership import Ownership, lanes, node_sums, spans_of
 from hiermpi.model.kernels import load_kernels
 
 SLICE_UNIT = LINE // 4
-"""Slices begin on cache lines, so that no two ranks write to the same one."""
+EXCHANGED_ROWS = 2
 
 logger = logging.getLogger("hiermpi")
 
@@ -36,7 +44,7 @@ class SharedReduction:
 
     Args:
         comms: the hierarchy.
-        size: elements of the gradient and parameter vectors.
+        ownership: of the gradient and parameter vectors.
         dtype: of the gradients: float32, or int64 for fixed point.
 
     Raises:
@@ -46,24 +54,36 @@ class SharedReduction:
     name = "shared"
     keeps_gradients = True
 
-    def __init__(self, comms: Communicators, size: int, dtype: DTypeLike = np.float32) -> None:
+    def __init__(self, comms: Communicators, ownership: Ownership, dtype: DTypeLike = np.float32) -> None:
         self.comms = comms
-        node = comms.node
-        self._leaders = comms.world.Split(0 if node.rank == 0 else MPI.UNDEFINED, comms.rank)
-        self._joins = self._leaders != MPI.COMM_NULL and self._leaders.size > 1
-        """Whether this rank speaks for its node to others."""
+        self.ownership = ownership
+        node, topology, size = comms.node, comms.topology, ownership.size
+        self._several = topology.n_nodes > 1
+        parts = lanes(ownership, topology) if self._several else []
+        carries = node.rank < len(parts)
+        self._leaders = comms.world.Split(node.rank if carries else MPI.UNDEFINED, topology.nodes[comms.rank])
+        self._lane = parts[node.rank] if carries else []
+        """What this rank carries between the nodes."""
+        summed_by = node_sums(ownership, topology, topology.nodes[comms.rank])
+        self._slices = [span for span in spans_of(ownership.bounds, summed_by) if span.owner == node.rank]
+        owned_by = np.array(ownership.ranks)[ownership.owners]
+        self._sums_its_own = not self._several and bool((summed_by == owned_by).all())
+        """Whether every owner sums what it owns, so that it need not wait for others' sums."""
+        number = ownership.number(comms.rank)
+        self._blocks = np.empty(0, np.int64) if number is None else ownership.blocks_of(number)
         stride = -(-size // SLICE_UNIT) * SLICE_UNIT
+        width, n_blocks = np.dtype(dtype).itemsize, len(ownership.owners)
         barrier_bytes = -(-NodeBarrier.nbytes(node.size) // LINE) * LINE
-        width = np.dtype(dtype).itemsize
-        sums_at = barrier_bytes + 4 * stride
+        exchanged_bytes = -(-8 * EXCHANGED_ROWS * n_blocks // LINE) * LINE
+        parameters_at = barrier_bytes + exchanged_bytes
+        sums_at = parameters_at + 4 * stride
         memory = NodeMemory(node, sums_at + width * stride * (node.size + 1), comms.waiter)
         self._barrier = NodeBarrier(memory, 0, node, comms.waiter)
-        self._parameters = memory.array(barrier_bytes, (stride,), np.float32)
+        self._exchanged = memory.array(barrier_bytes, (EXCHANGED_ROWS, n_blocks), np.float64)
+        self._parameters = memory.array(parameters_at, (stride,), np.float32)
         self._total = memory.array(sums_at, (stride,), dtype)
         self._buffers = memory.array(sums_at + width * stride, (node.size, stride), dtype)
         self._size = size
-        bounds = [unit * SLICE_UNIT for unit in block_bounds(stride // SLICE_UNIT, node.size)]
-        self._slice = (bounds[node.rank], bounds[node.rank + 1])
         self._kernels = load_kernels()
         self._turn = 0
 
@@ -73,36 +93,64 @@ class SharedReduction:
     def parameter_vector(self) -> NDArray[np.float32]:
         return self._parameters[: self._size]
 
+    def share(self, parameters: NDArray[np.float32]) -> None:
+        self._barrier.wait()
+        if self._several:
+            if self._leaders != MPI.COMM_NULL:
+                from_root = [span._replace(owner=0) for span in self._lane]
+                broadcast_spans(self.comms.waiter, self._leaders, parameters, from_root)
+            self._barrier.wait()
+
     def reduce(self, sums: NDArray[np.float64], gradients: NDArray) -> NDArray:
-        """Both behind the same two barriers."""
+        """Where one node's owners sum what they own, behind one barrier."""
         boxes = self._next_mailboxes()
         boxes[self.comms.node.rank, : len(sums)] = sums
         self._barrier.wait()
-        self._kernels.sum_buffers(self._total, self._buffers, *self._slice)
-        if self.comms.node.rank == 0:
-            sums[:] = boxes[:, : len(sums)].sum(axis=0)
-        self._barrier.wait()
+        for start, stop, _ in self._slices:
+            self._kernels.sum_buffers(self._total, self._buffers, start, stop)
+        sums[:] = boxes[:, : len(sums)].sum(axis=0)
         total = self._total[: self._size]
-        if self._joins:
-            for vector in (sums, total):
-                chunked(self.comms.waiter, vector, lambda chunk: ireduce_in_place(self._leaders, chunk))
+        if not self._sums_its_own:
+            self._barrier.wait()
+        if self._several:
+            if self._leaders != MPI.COMM_NULL:
+                self.comms.waiter.wait(self._leaders.Iallreduce(MPI.IN_PLACE, sums))
+                reduce_spans(self.comms.waiter, self._leaders, total, self._lane)
+            self._tell_node(sums)
         return total
 
-    def broadcast(self, verdict: NDArray[np.float64], parameters: NDArray[np.float32]) -> None:
-        """The root's node has the parameters already; all others wait behind one barrier."""
-        if self._joins:
-            chunked(self.comms.waiter, verdict, self._leaders.Ibcast)
-            if verdict[0]:
-                chunked(self.comms.waiter, parameters, self._leaders.Ibcast)
-        boxes = self._next_mailboxes()
-        if self.comms.node.rank == 0:
-            boxes[0, : len(verdict)] = verdict
+    def exchange(self, values: NDArray[np.float64] | None) -> None:
+        """One barrier on one node, messages between the owners on several."""
+        if self._several:
+            exchange_on_control(self.comms, values)
+            return
+        if values is not None:
+            self._exchanged[: len(values), self._blocks] = values[:, self._blocks]
         self._barrier.wait()
-        verdict[:] = boxes[0, : len(verdict)]
+        if values is not None:
+            values[:] = self._exchanged[: len(values)]
+
+    def broadcast(self, verdict: NDArray[np.float64], parameters: NDArray[np.float32]) -> None:
+        """The owners' nodes have the parameters already; one barrier on one node."""
+        if self._several:
+            self._tell_node(verdict)  # true on the root's node; and all owners have written
+            if self._leaders != MPI.COMM_NULL:
+                self.comms.waiter.wait(self._leaders.Ibcast(verdict))
+                if verdict[0]:
+                    broadcast_spans(self.comms.waiter, self._leaders, parameters, self._lane)
+        self._tell_node(verdict)
 
     def free(self) -> None:
         if self._leaders != MPI.COMM_NULL:
             self._leaders.Free()
+
+    def _tell_node(self, values: NDArray[np.float64]) -> None:
+        """Give every rank of the node the numbers of the first, behind a barrier."""
+        boxes = self._next_mailboxes()
+        if self.comms.node.rank == 0:
+            boxes[0, : len(values)] = values
+        self._barrier.wait()
+        values[:] = boxes[0, : len(values)]
 
     def _next_mailboxes(self) -> NDArray[np.float64]:
         """Two sets take turns: a set is written again only after a barrier that all its readers have reached."""
@@ -110,22 +158,24 @@ class SharedReduction:
         return self._barrier.mailboxes[self._turn]
 
 
-def make_reduction(kind: str, comms: Communicators, size: int, dtype: DTypeLike = np.float32) -> Reduction:
-    """The reduction called ``kind`` in the configuration, for ``size`` elements, the gradients being of ``dtype``.
+def make_reduction(
+    kind: str, comms: Communicators, ownership: Ownership, dtype: DTypeLike = np.float32
+) -> Reduction:
+    """The reduction called ``kind`` in the configuration, for vectors owned so, the gradients being of ``dtype``.
 
     ``auto`` is ``shared`` where ranks share a node, else ``tree``. Where shared memory cannot be had, ``tree`` takes
     its place, and the log says so. Collective over the hierarchy.
     """
     if kind == "flat":
-        return FlatReduction(comms, size, dtype)
+        return FlatReduction(comms, ownership, dtype)
     alone = comms.topology.n_nodes == comms.size
     if kind == "tree" or (kind == "auto" and (alone or not shared_memory_usable())):
-        return TreeReduction(comms, size, dtype)
+        return TreeReduction(comms, ownership, dtype)
     error, made = None, None
     try:
         if not shared_memory_usable():
             raise UserError("this processor or system does not have what node-shared sums rely on")
-        made = SharedReduction(comms, size, dtype)
+        made = SharedReduction(comms, ownership, dtype)
     except UserError as caught:
         error = caught
     try:
@@ -133,6 +183,6 @@ def make_reduction(kind: str, comms: Communicators, size: int, dtype: DTypeLike 
     except UserError as caught:
         if comms.rank == 0:
             logger.warning("%s; hierarchy.reduction = tree is used instead", caught)
-        return TreeReduction(comms, size, dtype)
+        return TreeReduction(comms, ownership, dtype)
     assert made is not None
     return made

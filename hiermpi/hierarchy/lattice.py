@@ -11,6 +11,9 @@ whose gradient in row t is coupling * ((k + 1) E_t - (sum over the shell, t incl
 of neighbours. The table is class-major (:mod:`hiermpi.hierarchy.symmetry`), so classes are slices of rows.
 """
 
+from collections.abc import Collection
+from itertools import pairwise
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -34,20 +37,31 @@ class Lattice:
             neighbours = shell[:size] - 1 + ((place ^ 1) < size)
             self._factors.append((neighbours + 1.0)[:, None])
 
-    def add_gradient(self, out: NDArray[np.floating], table: NDArray[np.floating], coupling: float) -> float:
-        """Add the gradient to ``out`` (V, C); return the loss, for the (V, C) ``table``. O(V C)."""
+    def add_gradient(
+        self,
+        out: NDArray[np.floating],
+        table: NDArray[np.floating],
+        coupling: float,
+        classes: Collection[int] | None = None,
+    ) -> NDArray[np.float64]:
+        """Add the gradient of the rows of ``classes`` (all by default) to ``out`` (V, C). O(V C).
+
+        Returns (S,) the share of each of these classes in the loss, for the (V, C) ``table``.
+        """
         shells = np.zeros((self.deepest, table.shape[1]), table.dtype)
-        for start, stop in zip(self.bounds[:-1], self.bounds[1:], strict=True):
+        for start, stop in pairwise(self.bounds):
             shells[: stop - start] += table[start:stop]
-        twice = 0.0
-        for factor, start, stop in zip(self._factors, self.bounds[:-1], self.bounds[1:], strict=True):
+        losses = np.zeros(len(self._factors))
+        for index, (factor, (start, stop)) in enumerate(zip(self._factors, pairwise(self.bounds), strict=True)):
+            if classes is not None and index not in classes:
+                continue
             rows = table[start:stop]
             pull = rows * factor.astype(table.dtype)
             pull -= shells[: stop - start]
             even = (stop - start) & ~1  # places 2i and 2i + 1 are partners; a last odd one has none
             pairs, pulled = rows[:even].reshape(-1, 2, rows.shape[1]), pull[:even].reshape(-1, 2, rows.shape[1])
             pulled -= pairs[:, ::-1]
-            twice += float(np.vdot(rows, pull))
+            losses[index] = 0.5 * coupling * float(np.vdot(rows, pull))
             pull *= table.dtype.type(coupling)
             out[start:stop] += pull
-        return 0.5 * coupling * twice
+        return losses

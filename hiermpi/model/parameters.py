@@ -46,6 +46,14 @@ def aligned_zeros(size: int, dtype: DTypeLike) -> NDArray:
     return array
 
 
+def lazy_zeros(size: int, dtype: DTypeLike) -> NDArray:
+    """The same as :func:`aligned_zeros`, but the system gives memory only to the pages that are written."""
+    nbytes = size * np.dtype(dtype).itemsize
+    raw = np.zeros(nbytes + ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % ALIGNMENT
+    return raw[start : start + nbytes].view(dtype)
+
+
 class ParameterLayout:
     """Where each tensor stands in the vector. Allocates nothing.
 

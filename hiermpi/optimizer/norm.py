@@ -14,28 +14,33 @@ from hiermpi.model.kernels import Kernels, load_kernels
 from hiermpi.model.kernels.compiled import CompiledKernels, plain_float32
 from hiermpi.model.parameters import ParameterLayout
 
-LARGEST_BLOCK = 16384
+LARGEST_BLOCK = 4096
+"""Elements: small enough that owners' shares, which are whole blocks, come out even."""
 
 
-def norm_blocks(layout: ParameterLayout, class_bounds: NDArray[np.int64] | None = None) -> NDArray[np.int64]:
-    """(n, 2) start and stop of every block, in the order of the vector.
+def norm_blocks(
+    layout: ParameterLayout, class_bounds: NDArray[np.int64] | None = None
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """(n + 1,) bounds of the blocks, which cover the vector with its padding, and (n,) their symmetry classes.
+
+    The class is -1 where a block is not of a token table.
 
     Args:
         layout: of the vector.
         class_bounds: (S + 1,) rows at which the symmetry classes begin, and V.
     """
-    blocks = []
+    starts: list[int] = []
+    classes: list[int] = []
     for spec in layout.specs:
         offset, row = layout.offsets[spec.name], spec.size // spec.shape[0]
-        parts = [0, spec.size]
+        parts, of_class = [0, spec.size], [-1]
         if spec.symmetry_rows and class_bounds is not None:
-            parts = [int(bound) * row for bound in class_bounds]
-        for first, last in pairwise(parts):
-            blocks += [
-                (offset + start, offset + min(start + LARGEST_BLOCK, last))
-                for start in range(first, last, LARGEST_BLOCK)
-            ]
-    return np.array(blocks, np.int64).reshape(-1, 2)
+            parts, of_class = [int(bound) * row for bound in class_bounds], list(range(len(class_bounds) - 1))
+        for (first, last), symmetry_class in zip(pairwise(parts), of_class, strict=True):
+            begun = range(first, last, LARGEST_BLOCK)
+            starts += [offset + start for start in begun]
+            classes += [symmetry_class] * len(begun)
+    return np.array([*starts, layout.size], np.int64), np.array(classes, np.int64)
 
 
 def block_sums(
@@ -44,7 +49,7 @@ def block_sums(
     out: NDArray[np.float64],
     kernels: Kernels | None = None,
 ) -> None:
-    """Write the sum of squares of each block, in float64, to ``out`` (n,)."""
+    """Write the sum of squares of each of the ``blocks``, (n, 2) starts and stops, in float64, to ``out`` (n,)."""
     kernels = kernels or load_kernels()
     if isinstance(kernels, CompiledKernels) and plain_float32(vector):
         kernels.block_sums(out, vector, blocks)

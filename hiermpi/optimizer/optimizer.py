@@ -1,17 +1,18 @@
-"""AdamW with clipping and schedule on one parameter buffer: the state that the owner of the parameters holds."""
+"""AdamW with clipping and schedule on an owner's part of the parameters: the state that an owner holds."""
 
 from dataclasses import dataclass
-from math import isfinite
+from math import fsum, isfinite
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hiermpi.config.schema import OptimizerConfig
 from hiermpi.hierarchy.lattice import Lattice
+from hiermpi.hierarchy.ownership import Ownership
 from hiermpi.model.kernels import Kernels
-from hiermpi.model.parameters import ParameterBuffer
+from hiermpi.model.parameters import ParameterBuffer, lazy_zeros
 from hiermpi.optimizer.adamw import adamw_update
-from hiermpi.optimizer.norm import block_sums, clip_scale, norm_blocks, total_norm
+from hiermpi.optimizer.norm import block_sums, clip_scale, total_norm
 from hiermpi.optimizer.schedule import warmup_cosine
 
 
@@ -36,20 +37,24 @@ class OptimizerSettings:
 
 
 class Optimizer:
-    """Owns the moments of ``parameters`` and applies updates to them.
+    """Owns the moments of a part of ``parameters`` and applies updates to that part.
 
     Args:
         parameters: updated in place.
         settings: see :class:`OptimizerSettings`.
-        class_bounds: row offsets of the symmetry classes; the norm's blocks never cross them.
+        ownership: of the vector.
+        owner: whose part this is, by number; the root has an optimizer even where it owns nothing.
+        class_bounds: (S + 1,) row offsets of the symmetry classes, for the lattice.
         kernels: by default the environment's.
-        coupling: of the token table's rows to their neighbours in the lattice; needs ``class_bounds``.
+        coupling: of the token table's rows to their neighbours in the lattice.
     """
 
     def __init__(
         self,
         parameters: ParameterBuffer,
         settings: OptimizerSettings,
+        ownership: Ownership,
+        owner: int = 0,
         class_bounds: NDArray[np.int64] | None = None,
         kernels: Kernels | None = None,
         coupling: float = 0.0,
@@ -57,38 +62,52 @@ class Optimizer:
         self.kernels = kernels
         self.parameters = parameters
         self.settings = settings
-        self.m = parameters.new_vector()
-        self.v = parameters.new_vector()
+        self.spans = ownership.spans_of(owner)
+        self.m = lazy_zeros(parameters.size, parameters.dtype)
+        self.v = lazy_zeros(parameters.size, parameters.dtype)
+        """Of the whole vector, but memory is taken only for the parts that are written: those owned."""
         self.count = 0
         """Updates applied so far, Adam's t."""
         self.coupling = coupling
-        self.lattice_loss = 0.0
-        """Of the last :meth:`couple`; not part of the loss."""
         self._lattice = Lattice(class_bounds) if coupling and class_bounds is not None else None
         self._table = next((spec.name for spec in parameters.specs if spec.symmetry_rows), None)
-        self._blocks = norm_blocks(parameters, class_bounds)
-        self._sums = np.zeros(len(self._blocks))
-        self._decay_ranges = tuple(parameters.decay_ranges())
+        self._own = ownership.blocks_of(owner)
+        self._bounds = np.stack([ownership.bounds[self._own], ownership.bounds[self._own + 1]], axis=1)
+        self._classes = {int(index) for index in ownership.classes[self._own] if index >= 0}
+        self._first_of_class = {index: int(np.argmax(ownership.classes == index)) for index in self._classes}
+        self._findings = np.zeros((2 if self._lattice else 1, len(ownership.owners)))
+        self._sums = np.zeros(len(self._own))
+        self._decay_ranges = [
+            (max(start, span.start), min(stop, span.stop), decay)
+            for span in self.spans
+            for start, stop, decay in parameters.decay_ranges()
+            if start < span.stop and span.start < stop
+        ]
 
-    def couple(self, gradients: NDArray[np.float32], n_tokens: int) -> None:
-        """Add the lattice's gradient to the gradient sums: ``n_tokens`` of it, as they are divided by that later."""
-        if self._lattice is None or self._table is None:
-            return
-        out, table = self.parameters.views(gradients)[self._table], self.parameters[self._table]
-        self.lattice_loss = self._lattice.add_gradient(out, table, self.coupling * n_tokens) / n_tokens
+    def measure(self, gradients: NDArray[np.float32], n_tokens: int) -> NDArray[np.float64]:
+        """What the owners must tell each other of their blocks, zero in the others': (1 or 2, blocks).
 
-    def gradient_norm(self, gradients: NDArray[np.float32], n_tokens: int) -> float:
-        """L2 norm of the mean gradient, from gradient sums; not finite where any element is not."""
-        block_sums(gradients, self._blocks, self._sums, self.kernels)
-        return total_norm(self._sums) / n_tokens
+        Row 0 is the sum of squares of the gradient sums; row 1, where rows are coupled, the lattice's loss, at the
+        first block of a class. Adds the lattice's gradient first: ``n_tokens`` of it, as sums are divided later.
+        """
+        findings = self._findings
+        findings[:] = 0.0
+        if self._lattice is not None and self._table is not None and n_tokens:
+            out, table = self.parameters.views(gradients)[self._table], self.parameters[self._table]
+            losses = self._lattice.add_gradient(out, table, self.coupling * n_tokens, self._classes)
+            for index, block in self._first_of_class.items():
+                findings[1, block] = losses[index] / n_tokens
+        block_sums(gradients, self._bounds, self._sums, self.kernels)
+        findings[0, self._own] = self._sums
+        return findings
 
     def update(self, gradients: NDArray[np.float32], n_tokens: int, norm: float, step: int) -> None:
-        """Divide the gradient sums once by the tokens, clip, and apply AdamW.
+        """Divide the gradient sums once by the tokens, clip, and apply AdamW to the owned part.
 
         Args:
             gradients: sums over all tokens of the step.
             n_tokens: number of those tokens.
-            norm: from :meth:`gradient_norm`, finite.
+            norm: of the mean gradient, finite.
             step: steps finished before this one.
         """
         if not isfinite(norm):
@@ -112,3 +131,14 @@ class Optimizer:
             out_v=self.v,
             kernels=self.kernels,
         )
+
+
+def norm_and_lattice_loss(findings: NDArray[np.float64], n_tokens: int) -> tuple[float, float]:
+    """L2 norm of the mean gradient (not finite where any element is not), and the lattice's loss.
+
+    Args:
+        findings: of all owners, see :meth:`Optimizer.measure`.
+        n_tokens: of the step.
+    """
+    norm = total_norm(findings[0]) / n_tokens if n_tokens else float("nan")
+    return norm, fsum(findings[1]) if len(findings) > 1 else 0.0

@@ -63,7 +63,6 @@ def open_run(arguments: argparse.Namespace, n_ranks: int) -> OpenedRun:
 def refuse_unavailable(config: Config) -> None:
     """Refuse settings that this version knows by name only. Raises UsageError."""
     for name, unavailable, instead in (
-        ("optimizer.placement", "sharded", "use root"),
         ("run.on_failure", "shrink", "use abort, and start the same command again after a failure"),
     ):
         value = flatten(config)[name]

@@ -4,6 +4,8 @@ import logging
 import time
 from pathlib import Path
 
+from numpy.typing import NDArray
+
 from hiermpi.config.schema import Config, flatten
 from hiermpi.model.transformer import Transformer
 from hiermpi.optimizer.optimizer import Optimizer
@@ -34,7 +36,6 @@ class Recorder:
         first_step: steps finished before this start.
         phases: of the root.
         bar: shows the steps.
-        optimizer: knows the lattice's loss.
     """
 
     def __init__(
@@ -44,14 +45,12 @@ class Recorder:
         first_step: int,
         phases: Phases,
         bar: ProgressBar,
-        optimizer: Optimizer,
     ) -> None:
         self.folder = folder
         self.config = config
         self.first_step = first_step
         self.phases = phases
         self.bar = bar
-        self.optimizer = optimizer
         self.started = time.perf_counter()
         self.last_loss = float("nan")
         self._before = dict(phases.seconds)
@@ -73,8 +72,8 @@ class Recorder:
         }
         if evaluation is not None:
             row["val_loss"] = evaluation.loss
-        if self.optimizer.coupling:
-            row["lattice_loss"] = self.optimizer.lattice_loss
+        if self.config.lattice.coupling:
+            row["lattice_loss"] = result.lattice_loss
         if not result.applied:
             row["skipped"] = True
         else:
@@ -119,7 +118,7 @@ class Saver:
         folder: of the run.
         config: resolved.
         dataset: whose identity and tokenizer go along.
-        model, optimizer, progress: the state to save.
+        model, optimizer, progress: the state to save, but for the moments.
     """
 
     def __init__(
@@ -137,7 +136,7 @@ class Saver:
         self.model = model
         self.optimizer = optimizer
         self.progress = progress
-        self.saved_step = progress.step if progress.step else -1
+        self._saved_step = progress.step
         self._saved_at = time.monotonic()
         settings = config.checkpoint
         self._writer = CheckpointWriter(
@@ -147,27 +146,30 @@ class Saver:
             keep_every=settings.keep_every,
         )
 
-    def due(self) -> bool:
-        """Whether a checkpoint is due after the step just committed."""
+    def due(self, step: int) -> bool:
+        """Whether a checkpoint is due after ``step``."""
         settings = self.config.checkpoint
-        by_steps = settings.interval and self.progress.step % settings.interval == 0
+        by_steps = settings.interval and step % settings.interval == 0
         by_time = settings.minutes and time.monotonic() - self._saved_at > 60 * settings.minutes
         return bool(by_steps or by_time)
 
-    def save(self, loss: float) -> None:
-        """Start to save the state of the last committed step, unless that is on disk already."""
-        if self.progress.step == self.saved_step:
-            return
-        self._writer.save(self._checkpoint(loss))
-        self.saved_step = self.progress.step
+    def save(self, loss: float, m: NDArray, v: NDArray) -> None:
+        """Start to save the state of the last committed step.
+
+        Args:
+            loss: of that step.
+            m, v: the whole moments.
+        """
+        self._writer.save(self._checkpoint(loss, m, v))
+        self._saved_step = self.progress.step
         self._saved_at = time.monotonic()
 
     def finish(self) -> Path:
         """Wait for the checkpoint under way; return the newest one's path. Raises UserError where it failed."""
         self._writer.finish()
-        return self.folder.checkpoints.path_for(self.saved_step)
+        return self.folder.checkpoints.path_for(self._saved_step)
 
-    def _checkpoint(self, loss: float) -> Checkpoint:
+    def _checkpoint(self, loss: float, m: NDArray, v: NDArray) -> Checkpoint:
         order = self.model.tensors_in_token_order
         return Checkpoint(
             step=self.progress.step,
@@ -179,7 +181,7 @@ class Saver:
             tokenizer=self.dataset.tokenizer,
             dataset_sha256=self.dataset.sha256,
             parameters=order(self.model.parameters.vector),
-            m=order(self.optimizer.m),
-            v=order(self.optimizer.v),
+            m=order(m),
+            v=order(v),
             loss=loss,
         )

@@ -40,7 +40,7 @@ def score_together(source: Path, data: Path, split: str, world: "MPI.Comm") -> d
     """The same, computed by all ranks; the result is whole on rank 0. Collective over ``world``."""
     from hiermpi.communication.communicators import Communicators
     from hiermpi.communication.objects import agree, broadcast_object
-    from hiermpi.communication.reduction import TreeReduction
+    from hiermpi.communication.reduction import hand_down
     from hiermpi.communication.scatter import BatchScatter
     from hiermpi.communication.waiting import Waiter
     from hiermpi.data.rows import ID_COLUMNS
@@ -57,7 +57,7 @@ def score_together(source: Path, data: Path, split: str, world: "MPI.Comm") -> d
     comms = Communicators(world, config.symmetry_order)
     # Rows, not tokens, travel: the order of the rows matters at rank 0 only.
     model = scored.model if scored else Transformer(config, np.zeros(config.vocab_size, np.uint8))
-    TreeReduction(comms).hand_down(model.parameters.vector)
+    hand_down(comms, model.parameters.vector)
     scatter = BatchScatter(comms, ID_COLUMNS + config.context_length + 1)
     windows = windows_of(scored, split) if scored else None
     evaluation = Evaluator(model, comms, scatter, windows, 32 * comms.topology.n_leaves).evaluate()

@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from mpi4py import MPI
+from numpy.typing import NDArray
 
 from hiermpi.communication.communicators import Communicators
 from hiermpi.communication.leaving import ErrorSink, set_error_sink
 from hiermpi.communication.objects import agree, broadcast_object, gather_objects
-from hiermpi.communication.reduction import TreeReduction
+from hiermpi.communication.owned import deal_out_owned, gather_owned
+from hiermpi.communication.reduction import hand_down
 from hiermpi.communication.scatter import BatchScatter
 from hiermpi.communication.shared_reduction import make_reduction
 from hiermpi.communication.waiting import Waiter
@@ -26,15 +28,16 @@ from hiermpi.errors import EXIT_DONE, EXIT_STOPPED, UserError
 from hiermpi.hierarchy.routing import Router
 from hiermpi.hierarchy.symmetry import symmetry_groups
 from hiermpi.model.kernels import load_kernels
-from hiermpi.model.parameters import ParameterLayout
-from hiermpi.model.transformer import Transformer, transformer_specs
+from hiermpi.model.parameters import lazy_zeros
+from hiermpi.model.transformer import Transformer
 from hiermpi.optimizer.fixed_point import differing, routed_together, summed_type
-from hiermpi.optimizer.optimizer import Optimizer, OptimizerSettings
+from hiermpi.optimizer.optimizer import OptimizerSettings
 from hiermpi.training.batches import BatchSource, EvaluationSource
 from hiermpi.training.evaluation import Evaluation
 from hiermpi.training.evaluator import Evaluator
 from hiermpi.training.faults import Fault, parse_faults
 from hiermpi.training.phases import Phases
+from hiermpi.training.placement import make_optimizer, ownership_of
 from hiermpi.training.stopping import StopRequests
 from hiermpi.training.summary import gather_ranks
 from hiermpi.training.trainer import Progress, Trainer
@@ -58,6 +61,7 @@ class Start:
     step: int
     cursor: int
     skipped: int
+    adam_count: int
     faults: tuple[Fault, ...]
 
 
@@ -101,6 +105,7 @@ def open_everywhere(arguments: argparse.Namespace, world: MPI.Comm) -> tuple["Op
                 saved.step if saved else 0,
                 saved.cursor if saved else 0,
                 saved.skipped_steps if saved else 0,
+                saved.adam_count if saved else 0,
                 faults,
             )
             if not opened.finished:
@@ -184,18 +189,20 @@ class Session:
         self.comms = comms
         self.opened = opened
         self.config = config = start.config
-        size = ParameterLayout(transformer_specs(config.model)).size
         limit_threads(config.run.threads_per_rank, comms)
         if config.hierarchy.reproducible:
             require_one_kind(comms)
-        self.reduction = make_reduction(config.hierarchy.reduction, comms, size, summed_type(config))
+        self.groups = self._groups()
+        self.ownership = ownership_of(config, comms.topology, self.groups)
+        self.reduction = make_reduction(config.hierarchy.reduction, comms, self.ownership, summed_type(config))
         self.phases = Phases(comms.rank, comms.waiter, start.faults)
         self.progress = Progress(start.step, start.cursor, start.skipped)
         self.stopping = self._stop_requests()
         self.model = self._model()
         self.settings = OptimizerSettings(config.optimizer, config.train.grad_clip, config.train.steps)
-        self.optimizer = self._optimizer() if opened else None
-        self._share_parameters()
+        self.optimizer = make_optimizer(config, self.model, self.ownership, comms.rank)
+        self._load_state()
+        self._saved_step = start.step if start.step else -1
         scatter = BatchScatter(comms, ID_COLUMNS + config.model.context_length + 1)
         self.trainer = Trainer(
             config,
@@ -222,6 +229,8 @@ class Session:
     def run(self) -> int:
         """Train to the end or to a request to stop; return the exit code."""
         recorder, saver = self._recording()
+        if saver:
+            self.trainer.save_due = saver.due
         self.started = time.perf_counter()
         with recorder.bar if recorder else nullcontext():
             stopped, evaluation = self._loop(recorder, saver)
@@ -249,17 +258,25 @@ class Session:
                 return False, evaluation
             if stop:
                 return True, None
-            if saver and saver.due():
+            if result.save:
                 with self.phases("checkpoint"):
                     self._save(recorder, saver)
         return False, None
 
     def _save(self, recorder: "Recorder | None", saver: "Saver | None", final: bool = False) -> None:
-        """Save at the root; with ``final`` all ranks wait until it is on disk, and a failure is everyone's."""
+        """Save the owners' state at the root, unless that is on disk already.
+
+        With ``final`` all ranks wait until it is, and a failure is everyone's. Collective over the hierarchy.
+        """
         error = None
+        unsaved = self.progress.step != self._saved_step
+        self._saved_step = self.progress.step
+        mine = (self.optimizer.m, self.optimizer.v) if self.optimizer else (None, None)
+        m, v = (gather_owned(self.comms, self.ownership, vector) if unsaved else None for vector in mine)
         try:
             if recorder and saver:
-                saver.save(recorder.last_loss)
+                if m is not None and v is not None:
+                    saver.save(recorder.last_loss, m, v)
                 if final:
                     saver.finish()
         except Exception as caught:  # noqa: BLE001  (raised on all ranks by agree)
@@ -309,17 +326,21 @@ class Session:
             return StopRequests()
         return StopRequests(self.opened.folder.stop_requested, duration_seconds(self.config.run.time_limit))
 
-    def _model(self) -> Transformer:
-        """The model, with room for its parameters on every rank."""
+    def _groups(self) -> NDArray[np.uint8]:
+        """(V,) symmetry class of each token id."""
         shape = self.config.model
         known = self.opened.dataset.symmetry_group if self.opened else None
         groups = symmetry_groups(known, shape.vocab_size, shape.symmetry_order)
-        TreeReduction(self.comms).hand_down(groups)
+        hand_down(self.comms, groups)
+        return groups
+
+    def _model(self) -> Transformer:
+        """The model, with room for its parameters on every rank."""
         error, model = None, None
         try:
             model = Transformer(
                 self.config.model,
-                groups,
+                self.groups,
                 storage=self.reduction.parameter_vector(),
                 micro_batch_size=self.config.train.micro_batch_size,
             )
@@ -329,23 +350,24 @@ class Session:
         assert model is not None
         return model
 
-    def _optimizer(self) -> Optimizer:
-        """Moments and parameters, from the checkpoint or initialised (root only)."""
-        assert self.opened is not None
-        model, saved = self.model, self.opened.checkpoint
-        bounds, coupling = model.symmetry.class_bounds, self.config.lattice.coupling
-        optimizer = Optimizer(model.parameters, self.settings, bounds, coupling=coupling)
-        if saved is None:
+    def _load_state(self) -> None:
+        """Moments and parameters, from the checkpoint or initialised. Collective over the hierarchy."""
+        saved, model = self.opened.checkpoint if self.opened else None, self.model
+        if saved is not None:
+            model.load_token_order(saved.parameters, model.parameters.vector)
+        elif self.opened:
             model.initialize(self.config.train.seed)
-            return optimizer
-        model.load_token_order(saved.parameters, model.parameters.vector)
-        model.load_token_order(saved.m, optimizer.m)
-        model.load_token_order(saved.v, optimizer.v)
-        optimizer.count = saved.adam_count
-        return optimizer
-
-    def _share_parameters(self) -> None:
-        self.reduction.broadcast(np.ones(1), self.model.parameters.vector)
+        self.reduction.share(model.parameters.vector)
+        if not self.start.adam_count:
+            return
+        if self.optimizer:
+            self.optimizer.count = self.start.adam_count
+        for name in ("m", "v"):
+            whole = None
+            if saved is not None:
+                whole = lazy_zeros(model.parameters.size, np.float32)
+                model.load_token_order(getattr(saved, name), whole)
+            deal_out_owned(self.comms, self.ownership, whole, getattr(self.optimizer, name, None))
 
     def _source(self) -> BatchSource | None:
         if self.opened is None:
@@ -380,6 +402,6 @@ class Session:
             folder.set_aside_after(self.progress.step)
         folder.truncate_metrics(self.progress.step)
         bar = ProgressBar("training", config.train.steps, self.progress.step, lines=False)
-        recorder = Recorder(folder, config, self.progress.step, self.phases, bar, self.optimizer)
+        recorder = Recorder(folder, config, self.progress.step, self.phases, bar)
         saver = Saver(folder, config, self.opened.dataset, self.model, self.optimizer, self.progress)
         return recorder, saver

@@ -24,7 +24,7 @@ from hiermpi.data.rows import ID_COLUMNS, unpack_rows
 from hiermpi.errors import UserError
 from hiermpi.model.contract import Model, WritingModel
 from hiermpi.optimizer.fixed_point import add_fixed, from_fixed, largest_addend, rounded_loss, unit_sequences
-from hiermpi.optimizer.optimizer import Optimizer
+from hiermpi.optimizer.optimizer import Optimizer, norm_and_lattice_loss
 from hiermpi.training.batches import BatchSource, PreparedBatch, rows_to_batch
 from hiermpi.training.phases import Phases
 from hiermpi.training.stopping import StopRequests
@@ -48,14 +48,19 @@ class Progress:
 
 
 class Verdict(NamedTuple):
-    """What the root decided on a step, known to every rank. All are float64, so that it travels as one vector."""
+    """What was decided on a step, known to every rank. All are float64, so that it travels as one vector."""
 
     applied: float
     stop: float
+    save: float
     loss: float
     grad_norm: float
+    lattice_loss: float
     tokens: float
     bad_leaves: float
+
+
+UNDECIDED = Verdict(*[0.0] * len(Verdict._fields))
 
 
 class StepResult(NamedTuple):
@@ -64,11 +69,13 @@ class StepResult(NamedTuple):
     step: int
     loss: float
     grad_norm: float
+    lattice_loss: float
     tokens: int
     learning_rate: float
     seconds: float
     applied: bool
     stop: bool
+    save: bool
 
 
 class Trainer:
@@ -85,7 +92,7 @@ class Trainer:
         progress: where the run stands, the same on every rank.
         learning_rate: of a step, by the number of steps finished before it.
         source: the batches (root only).
-        optimizer: (root only).
+        optimizer: (root and owners only).
     """
 
     def __init__(
@@ -113,6 +120,8 @@ class Trainer:
         self.learning_rate = learning_rate
         self.source = source
         self.optimizer = optimizer
+        self.save_due: Callable[[int], bool] = lambda _: False
+        """Whether to save after a step (asked at the root only, before it)."""
         self.sums = reduction.gradient_vector()
         """What is summed over the ranks: the gradients themselves, or their fixed-point form."""
         self.reproducible = config.hierarchy.reproducible
@@ -147,7 +156,7 @@ class Trainer:
         with phases("reduce"):
             total = self.reduction.reduce(sums, self.sums)
         with phases("optimize"):
-            verdict = self._optimize(sums, total) if self.optimizer else Verdict(*[0.0] * len(Verdict._fields))
+            verdict = self._optimize(sums, total)
         with phases("broadcast"):
             verdict = self._broadcast(verdict)
         with phases("commit"):
@@ -156,22 +165,29 @@ class Trainer:
             progress.step,
             verdict.loss,
             verdict.grad_norm,
+            verdict.lattice_loss,
             int(verdict.tokens),
             self.learning_rate(progress.step - 1),
             time.perf_counter() - start,
             bool(verdict.applied),
             bool(verdict.stop),
+            bool(verdict.save),
         )
 
     def _compute(self, rows: NDArray[np.int32]) -> NDArray[np.float64]:
-        """Put this leaf's gradient sums into :attr:`gradients`; return its [loss_sum, n_tokens, bad, stop]."""
+        """Put this leaf's gradient sums into :attr:`gradients`; return its part of the step's small sums."""
         if self.reproducible:
             return self._compute_units(rows)
         loss, tokens = self._write_gradients(rows)
         # What the sum overwrites is looked at now; else a norm that is not finite will tell, and then who it was.
         bad = not isfinite(loss) or not (self.reduction.keeps_gradients or all_finite(self.gradients))
         self._complaint = self._describe_bad(rows) if bad else ""
-        return np.array([loss, tokens, bad, self.stopping.requested()], np.float64)
+        return self._small_sums(loss, tokens, bad)
+
+    def _small_sums(self, loss: float, tokens: int, bad: bool) -> NDArray[np.float64]:
+        """[loss_sum, n_tokens, bad leaves, requests to stop, requests to save]."""
+        save = self.comms.rank == 0 and self.save_due(self.progress.step + 1)
+        return np.array([loss, tokens, bad, self.stopping.requested(), save], np.float64)
 
     def _compute_units(self, rows: NDArray[np.int32]) -> NDArray[np.float64]:
         """The same unit by unit, each as it would be on any other rank, into the fixed-point :attr:`sums`.
@@ -186,7 +202,7 @@ class Trainer:
             if not (fits and isfinite(unit_loss)) and not self._complaint:
                 self._complaint = self._describe_bad(part)
             loss, tokens = loss + rounded_loss(unit_loss), tokens + unit_tokens
-        return np.array([loss, tokens, bool(self._complaint), self.stopping.requested()], np.float64)
+        return self._small_sums(loss, tokens, bool(self._complaint))
 
     def _write_gradients(self, rows: NDArray[np.int32]) -> tuple[float, int]:
         """The gradient of these sequences, if any, in place of what :attr:`gradients` held."""
@@ -205,20 +221,28 @@ class Trainer:
         return result
 
     def _optimize(self, sums: NDArray[np.float64], total: NDArray) -> Verdict:
-        """Decide on the step and, unless it must be skipped, update the root's parameters."""
-        assert self.optimizer is not None
-        loss_sum, tokens, bad, stop = (float(value) for value in sums)
-        if self.reproducible:
-            from_fixed(self.gradients, total)
-            total = self.gradients
-        if tokens:
-            self.optimizer.couple(total, int(tokens))
-        norm = self.optimizer.gradient_norm(total, int(tokens)) if tokens else float("nan")
+        """Decide on the step and, unless it must be skipped, update the owned parameters.
+
+        Every owner comes to the same verdict; other ranks hear it later. Collective over the hierarchy.
+        """
+        optimizer, findings, tokens = self.optimizer, None, int(sums[1])
+        if optimizer is not None:
+            if self.reproducible:
+                for start, stop, _ in optimizer.spans:
+                    from_fixed(self.gradients[start:stop], total[start:stop])
+                total = self.gradients
+            findings = optimizer.measure(total, tokens)
+        if self.reduction.ownership.shared_out:
+            self.reduction.exchange(findings)
+        if optimizer is None or findings is None:
+            return UNDECIDED
+        loss_sum, _, bad, stop_requests, save_requests = (float(value) for value in sums)
+        norm, lattice_loss = norm_and_lattice_loss(findings, tokens)
         applied = not bad and isfinite(norm) and isfinite(loss_sum)
         if applied:
-            self.optimizer.update(total, int(tokens), norm, self.progress.step)
+            optimizer.update(total, tokens, norm, self.progress.step)
         loss = loss_sum / tokens if tokens else float("nan")
-        return Verdict(float(applied), float(stop > 0), loss, norm, tokens, bad)
+        return Verdict(applied, stop_requests > 0, save_requests > 0, loss, norm, lattice_loss, tokens, bad)
 
     def _broadcast(self, verdict: Verdict) -> Verdict:
         vector = np.array(verdict, np.float64)

@@ -39,7 +39,6 @@ def train(data, folder, *options):
         (("--model.symmetry_order", "7"), ("model.symmetry_order = 7", "12")),
         (("--model.vocab_size", "9"), ("model.vocab_size = 9", "256")),
         (("--model.context_length", "1000000"), ("context",)),
-        (("--optimizer.placement", "sharded"), ("optimizer.placement = sharded", "root")),
         (("--run.min_ranks", "9"), ("run.min_ranks = 9", "3 ranks")),
         (("--run.threads_per_rank", "999"), ("run.threads_per_rank = 999", "cores")),
     ],

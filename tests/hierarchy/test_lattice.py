@@ -40,7 +40,7 @@ def test_loss_and_gradient_are_those_of_the_definition(groups, order):
     embedding = np.random.default_rng(0).standard_normal((len(groups), 3))
     rows = embedding[table.token_of_row]
     gradient = np.full_like(rows, 2.0)
-    loss = lattice.add_gradient(gradient, rows, 0.7)
+    loss = lattice.add_gradient(gradient, rows, 0.7).sum()
     known = neighbours(groups)
     expected = sum(np.square(embedding[t] - embedding[n]).sum() for t, near in known.items() for n in near)
     assert loss == pytest.approx(0.7 / 4 * expected)
@@ -60,7 +60,7 @@ def test_finite_differences():
         for step in (1e-5, -1e-5):
             moved = rows.copy()
             moved[index] += step
-            slopes.append(lattice.add_gradient(np.zeros_like(rows), moved, 0.3))
+            slopes.append(lattice.add_gradient(np.zeros_like(rows), moved, 0.3).sum())
         assert gradient[index] == pytest.approx((slopes[0] - slopes[1]) / 2e-5, abs=1e-7)
 
 
@@ -68,3 +68,13 @@ def test_nobody_has_more_than_twelve_neighbours_and_all_agree():
     known = neighbours(np.arange(300) % 12)
     assert max(map(len, known.values())) == 12
     assert all(t in known[n] for t, near in known.items() for n in near)
+
+
+def test_class_by_class_is_the_whole():
+    lattice = Lattice(SymmetryTable((np.arange(29) % 12).astype(np.uint8), 12).class_bounds)
+    rows = np.random.default_rng(2).standard_normal((29, 2)).astype(np.float32)
+    whole, parts = np.zeros_like(rows), np.zeros_like(rows)
+    losses = lattice.add_gradient(whole, rows, 0.3)
+    each = sum(lattice.add_gradient(parts, rows, 0.3, {index}) for index in range(12))
+    np.testing.assert_array_equal(whole, parts)
+    np.testing.assert_array_equal(losses, each)

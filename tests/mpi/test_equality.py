@@ -1,4 +1,4 @@
-"""One rank and N ranks train the same model, whatever the routing, the coordinators and the reduction."""
+"""One rank and N ranks train the same model, whatever the routing, the coordinators, the reduction, the placement."""
 
 import itertools
 import os
@@ -13,13 +13,19 @@ from runs import TEXT, TINY, last_checkpoint, losses, make_dataset, train_on
 
 pytestmark = [pytest.mark.mpi, pytest.mark.timeout(600)]
 
+SETTINGS = ("hierarchy.routing", "hierarchy.coordinators", "hierarchy.reduction", "optimizer.placement")
 COMBINATIONS = list(
-    itertools.product(("balanced", "dominant", "lift"), ("compute", "dedicated"), ("tree", "shared", "flat"))
+    itertools.product(
+        ("balanced", "dominant", "lift"),
+        ("compute", "dedicated"),
+        ("tree", "shared", "flat"),
+        ("root", "sharded"),
+    )
 )
-
 
 REDUCTION_OF = [0, 1, 2, 1, 2, 0, 2, 0, 1]
 COORDINATORS_OF = [0, 1, 0, 0, 1, 1, 1, 0, 1]
+PLACEMENT_OF = [1, 0, 1, 1, 1, 0, 0, 0, 1]
 """Three rows for each routing; together they meet every pair of values (a test below counts)."""
 
 
@@ -36,14 +42,23 @@ def chosen_combinations():
 
 
 def pairwise(turn):
-    routings, modes, reductions = (tuple(dict.fromkeys(column)) for column in zip(*COMBINATIONS, strict=True))
-    return [(routings[i // 3], modes[(COORDINATORS_OF[i] + turn) % 2], reductions[REDUCTION_OF[i]]) for i in range(9)]
+    columns = (tuple(dict.fromkeys(column)) for column in zip(*COMBINATIONS, strict=True))
+    routings, modes, reductions, placements = columns
+    return [
+        (
+            routings[i // 3],
+            modes[(COORDINATORS_OF[i] + turn) % 2],
+            reductions[REDUCTION_OF[i]],
+            placements[PLACEMENT_OF[i]],
+        )
+        for i in range(9)
+    ]
 
 
 def test_the_chosen_combinations_meet_every_pair():
     for turn in (0, 1):
         rows = pairwise(turn)
-        for a, b in ((0, 1), (0, 2), (1, 2)):
+        for a, b in itertools.combinations(range(4), 2):
             assert {(row[a], row[b]) for row in rows} == {(row[a], row[b]) for row in COMBINATIONS}
 
 
@@ -74,12 +89,11 @@ def test_any_number_of_ranks_trains_the_same_model(world, shared_folder):
     if world.rank == 0:
         make_dataset(shared_folder)
     reference(world, data, shared_folder / "one", *TINY)
-    for index, (routing, coordinators, reduction) in enumerate(chosen_combinations()):
+    for index, values in enumerate(chosen_combinations()):
         run = shared_folder / f"run-{index}"
-        settings = {"routing": routing, "coordinators": coordinators, "reduction": reduction}
-        flags = [word for name, value in settings.items() for word in (f"--hierarchy.{name}", value)]
+        flags = [word for name, value in zip(SETTINGS, values, strict=True) for word in (f"--{name}", value)]
         code = train_on(world, data, run, *TINY, *flags)
-        collective_assert(world, code == 0, f"{settings} ended with {code}")
+        collective_assert(world, code == 0, f"{values} ended with {code}")
         require_equal(world, run, shared_folder / "one")
 
 

@@ -19,20 +19,28 @@ from runs import TINY, last_checkpoint, losses, make_dataset, train_on
 pytestmark = [pytest.mark.mpi, pytest.mark.timeout(600)]
 
 OPTIONS = (*TINY, "--hierarchy.reproducible", "true", "--model.dropout", "0.1", "--train.micro_batch_size", "2")
-MODES = list(itertools.product(("balanced", "dominant", "lift"), ("tree", "shared", "flat"), ("compute", "dedicated")))
+SETTINGS = ("hierarchy.routing", "hierarchy.reduction", "hierarchy.coordinators", "optimizer.placement")
+MODES = list(
+    itertools.product(
+        ("balanced", "dominant", "lift"),
+        ("tree", "shared", "flat"),
+        ("compute", "dedicated"),
+        ("root", "sharded"),
+    )
+)
 
 
 def chosen_runs():
-    """(ranks, routing, reduction, coordinators): all modes for ``make test-matrix``, else four that meet every value.
+    """(ranks, mode): all modes for ``make test-matrix``, else four that meet every value.
 
     64 ranks also stand for fewer.
     """
     size = MPI.COMM_WORLD.size
     if os.environ.get("HIERMPI_TEST_MATRIX") == "all":
-        return [(size, *mode) for mode in MODES]
+        return [(size, mode) for mode in MODES]
     if size < 64:
-        return [(size, *mode) for mode in (MODES[0], MODES[3], MODES[11], MODES[14])]
-    return [(64, *MODES[2]), (14, *MODES[16]), (26, *MODES[7]), (27, *MODES[13])]
+        return [(size, MODES[index]) for index in (1, 6, 23, 29)]
+    return [(64, MODES[5]), (14, MODES[33]), (26, MODES[14]), (27, MODES[27])]
 
 
 def outcome(run):
@@ -54,13 +62,13 @@ def alone(world, shared_folder):
 @pytest.mark.smoke
 def test_same_bits_in_every_mode(world, shared_folder, alone):
     data, expected = alone
-    for ranks, routing, reduction, coordinators in chosen_runs():
-        run = shared_folder / f"{ranks}-{routing}-{reduction}-{coordinators}"
-        modes = ("--hierarchy.routing", routing, "--hierarchy.reduction", reduction)
+    for ranks, mode in chosen_runs():
+        run = shared_folder / "-".join((str(ranks), *mode))
+        flags = [word for name, value in zip(SETTINGS, mode, strict=True) for word in (f"--{name}", value)]
         some = world.Split(0 if world.rank < ranks else MPI.UNDEFINED, world.rank)
         code = 0
         if some != MPI.COMM_NULL:
-            code = train_on(some, data, run, *OPTIONS, *modes, "--hierarchy.coordinators", coordinators)
+            code = train_on(some, data, run, *OPTIONS, *flags)
             some.Free()
         collective_assert(world, code == 0)
         collective_assert(world, world.rank or outcome(run) == expected, run.name)

@@ -50,10 +50,23 @@ def require_same_bits(world, a, b):
     collective_assert(world, good, message)
 
 
-def test_by_count(world, folder):
+@pytest.mark.parametrize("reduction", ["shared", "tree"])
+def test_by_count(world, folder, reduction):
+    """With moments at their owners on both sides of the stop: where they lie changes no bit of a sum in memory."""
+    data, run, whole = folder / "data.h5", folder / "cut", folder / "whole"
+    options = (*OPTIONS, "--optimizer.placement", "sharded", "--hierarchy.reduction", reduction)
+    if reduction == "tree":
+        whole = folder / "tree"
+        assert train_on(world, data, whole, *options) == 0
+    assert train_on(world, data, run, *options, "--train.steps", "10") == 0
+    assert train_on(world, data, run, *options) == 0
+    require_same_bits(world, run, whole)
+
+
+def test_into_another_placement(world, folder):
     data, run = folder / "data.h5", folder / "cut"
-    assert train_on(world, data, run, *OPTIONS, "--train.steps", "10") == 0
-    assert train_on(world, data, run, *OPTIONS) == 0
+    for steps, placement in ((6, "sharded"), (13, "root"), (20, "sharded")):
+        assert train_on(world, data, run, *OPTIONS, "--train.steps", steps, "--optimizer.placement", placement) == 0
     require_same_bits(world, run, folder / "whole")
 
 

@@ -1,0 +1,39 @@
+"""Who owns which part of a model's vector, and the optimizer of each owner."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hiermpi.config.schema import Config
+from hiermpi.hierarchy.ownership import Ownership, assign
+from hiermpi.hierarchy.symmetry import SymmetryTable
+from hiermpi.hierarchy.topology import Topology
+from hiermpi.model.kernels import Kernels
+from hiermpi.model.parameters import ParameterLayout
+from hiermpi.model.transformer import Transformer, transformer_specs
+from hiermpi.optimizer.norm import norm_blocks
+from hiermpi.optimizer.optimizer import Optimizer, OptimizerSettings
+
+
+def ownership_of(config: Config, topology: Topology, groups: NDArray[np.uint8]) -> Ownership:
+    """The owners under ``optimizer.placement``; ``groups`` (V,) are the symmetry classes of the tokens."""
+    layout = ParameterLayout(transformer_specs(config.model))
+    class_bounds = SymmetryTable(groups, config.model.symmetry_order).class_bounds
+    return assign(*norm_blocks(layout, class_bounds), topology, config.optimizer.placement)
+
+
+def make_optimizer(
+    config: Config, model: Transformer, ownership: Ownership, rank: int, kernels: Kernels | None = None
+) -> Optimizer | None:
+    """The optimizer of what ``rank`` owns; the root has one in any case, other ranks may have none."""
+    number = ownership.number(rank)
+    if number is None:
+        return None
+    return Optimizer(
+        model.parameters,
+        OptimizerSettings(config.optimizer, config.train.grad_clip, config.train.steps),
+        ownership,
+        number,
+        model.symmetry.class_bounds,
+        kernels,
+        config.lattice.coupling,
+    )
