@@ -8,9 +8,9 @@ import numpy as np
 from mpi4py import MPI
 
 from hiermpi.benchmarks.measuring import interleaved, row
+from hiermpi.communication.choosing import make_reduction
 from hiermpi.communication.communicators import Communicators
 from hiermpi.communication.reduction import Reduction, chunked, ireduce_in_place
-from hiermpi.communication.shared_reduction import make_reduction
 from hiermpi.hierarchy.ownership import owned_by_root
 
 MEMORY_BUDGET = 4 << 30
@@ -26,7 +26,7 @@ def bench_reduce(world: MPI.Comm, largest: int = 10**7, rounds: int = 9) -> dict
     ratios: dict[str, float] = {}
     n = 1000
     while n <= largest and 4 * n * (comms.size * 6 + 2) <= MEMORY_BUDGET:
-        made = {kind: make_reduction(kind, comms, owned_by_root(n)) for kind in ("tree", "shared", "flat")}
+        made = {kind: make_reduction(kind, comms, owned_by_root(n)).reduction for kind in ("tree", "shared", "flat")}
         methods = {kind: both_ways(how) for kind, how in made.items()}
         methods |= plain_mpi(comms, n)
         barrier = lambda: comms.waiter.wait(comms.world.Ibarrier())  # noqa: E731

@@ -17,10 +17,10 @@ from mpi4py import MPI
 from numpy.typing import NDArray
 
 from hiermpi.benchmarks.measuring import interleaved, row
+from hiermpi.communication.choosing import make_reduction
 from hiermpi.communication.communicators import Communicators
 from hiermpi.communication.objects import broadcast_object
 from hiermpi.communication.scatter import BatchScatter
-from hiermpi.communication.shared_reduction import make_reduction
 from hiermpi.config.schema import Config
 from hiermpi.data.rows import ID_COLUMNS
 from hiermpi.data.sampling import Sampler
@@ -64,7 +64,7 @@ def make_trainer(config: Config, comms: Communicators, kernels: Kernels) -> Trai
     model_config, root = config.model, comms.rank == 0
     groups = symmetry_groups(None, model_config.vocab_size, model_config.symmetry_order)
     ownership = ownership_of(config, comms.topology, groups)
-    reduction = make_reduction(config.hierarchy.reduction, comms, ownership, summed_type(config))
+    reduction = make_reduction(config.hierarchy.reduction, comms, ownership, summed_type(config)).reduction
     model = Transformer(
         model_config,
         storage=reduction.parameter_vector(),

@@ -7,36 +7,18 @@ has ranks. There is one copy of the parameters per node, so a broadcast inside a
 routing and ownership, the machine decides the sum.
 """
 
-import logging
-
 import numpy as np
 from mpi4py import MPI
 from numpy.typing import DTypeLike, NDArray
 
 from hiermpi.communication.communicators import Communicators
-from hiermpi.communication.objects import agree
-from hiermpi.communication.reduction import (
-    FlatReduction,
-    Reduction,
-    TreeReduction,
-    broadcast_spans,
-    exchange_on_control,
-    reduce_spans,
-)
-from hiermpi.communication.shared_memory import (
-    LINE,
-    NodeBarrier,
-    NodeMemory,
-    shared_memory_usable,
-)
-from hiermpi.errors import UserError
+from hiermpi.communication.reduction import broadcast_spans, exchange_on_control, reduce_spans
+from hiermpi.communication.shared_memory import LINE, NodeBarrier, NodeMemory
 from hiermpi.hierarchy.ownership import Ownership, lanes, node_sums, spans_of
 from hiermpi.model.kernels import load_kernels
 
 SLICE_UNIT = LINE // 4
 EXCHANGED_ROWS = 2
-
-logger = logging.getLogger("hiermpi")
 
 
 class SharedReduction:
@@ -156,33 +138,3 @@ class SharedReduction:
         """Two sets take turns: a set is written again only after a barrier that all its readers have reached."""
         self._turn = 1 - self._turn
         return self._barrier.mailboxes[self._turn]
-
-
-def make_reduction(
-    kind: str, comms: Communicators, ownership: Ownership, dtype: DTypeLike = np.float32
-) -> Reduction:
-    """The reduction called ``kind`` in the configuration, for vectors owned so, the gradients being of ``dtype``.
-
-    ``auto`` is ``shared`` where ranks share a node, else ``tree``. Where shared memory cannot be had, ``tree`` takes
-    its place, and the log says so. Collective over the hierarchy.
-    """
-    if kind == "flat":
-        return FlatReduction(comms, ownership, dtype)
-    alone = comms.topology.n_nodes == comms.size
-    if kind == "tree" or (kind == "auto" and (alone or not shared_memory_usable())):
-        return TreeReduction(comms, ownership, dtype)
-    error, made = None, None
-    try:
-        if not shared_memory_usable():
-            raise UserError("this processor or system does not have what node-shared sums rely on")
-        made = SharedReduction(comms, ownership, dtype)
-    except UserError as caught:
-        error = caught
-    try:
-        agree(comms.world, error, comms.waiter)
-    except UserError as caught:
-        if comms.rank == 0:
-            logger.warning("%s; hierarchy.reduction = tree is used instead", caught)
-        return TreeReduction(comms, ownership, dtype)
-    assert made is not None
-    return made

@@ -96,6 +96,13 @@ class Topology:
         """Number of nodes."""
         return max(self.nodes) + 1
 
+    @property
+    def layout(self) -> str:
+        """Ranks, and ranks of each node: what a choice by time depends on."""
+        counts = np.bincount(self.nodes).tolist()
+        each = str(counts[0]) if len(set(counts)) == 1 else ",".join(map(str, counts))
+        return f"{self.size} ranks, {each} a node"
+
     @cached_property
     def groups(self) -> tuple[tuple[int, ...], ...]:
         """Ranks of each group, its control rank first."""

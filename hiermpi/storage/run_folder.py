@@ -1,4 +1,4 @@
-"""The folder of a run: config.toml, metrics.jsonl, ranks.jsonl, checkpoints/, errors/, STOP, DONE."""
+"""The folder of a run: config.toml, metrics.jsonl, ranks.jsonl, reductions.json, checkpoints/, errors/, STOP, DONE."""
 
 import json
 import math
@@ -25,6 +25,7 @@ class RunFolder:
         self.metrics = self.path / "metrics.jsonl"
         self.done = self.path / "DONE"
         self.stop = self.path / "STOP"
+        self.reductions = self.path / "reductions.json"
 
     def prepare(self) -> None:
         """Make the folder, and make sure that it can be written. Raises UserError."""
@@ -84,6 +85,24 @@ class RunFolder:
         path.parent.mkdir(exist_ok=True)
         path.write_text(text, encoding="utf-8")
         return path
+
+    def read_reductions(self) -> dict[str, str]:
+        """The reductions chosen by time at earlier starts, by layout of the ranks. Raises UserError."""
+        if not self.reductions.exists():
+            return {}
+        with told(self.reductions, "read"):
+            text = self.reductions.read_bytes()
+        try:
+            found = json.loads(text)
+        except ValueError:
+            found = None
+        if not isinstance(found, dict) or not all(isinstance(name, str) for name in found.values()):
+            raise UserError(f"{self.reductions} is damaged: remove it, and reductions are timed again")
+        return found
+
+    def keep_reduction(self, layout: str, name: str) -> None:
+        """Add a choice to reductions.json."""
+        self._write(self.reductions, json.dumps(self.read_reductions() | {layout: name}, indent=1) + "\n")
 
     def mark_done(self, text: str) -> None:
         """Write DONE: the run is complete."""

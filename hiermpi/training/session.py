@@ -13,13 +13,13 @@ import numpy as np
 from mpi4py import MPI
 from numpy.typing import NDArray
 
+from hiermpi.communication.choosing import make_reduction
 from hiermpi.communication.communicators import Communicators
 from hiermpi.communication.leaving import ErrorSink, set_error_sink
 from hiermpi.communication.objects import agree, broadcast_object, gather_objects
 from hiermpi.communication.owned import deal_out_owned, gather_owned
-from hiermpi.communication.reduction import hand_down
+from hiermpi.communication.reduction import Reduction, hand_down
 from hiermpi.communication.scatter import BatchScatter
-from hiermpi.communication.shared_reduction import make_reduction
 from hiermpi.communication.waiting import Waiter
 from hiermpi.config.schema import Config, duration_seconds
 from hiermpi.data.rows import ID_COLUMNS
@@ -62,6 +62,8 @@ class Start:
     cursor: int
     skipped: int
     adam_count: int
+    reductions: dict[str, str]
+    """What ``hierarchy.reduction = auto`` chose at earlier starts, by ranks and ranks per node."""
     faults: tuple[Fault, ...]
 
 
@@ -106,6 +108,7 @@ def open_everywhere(arguments: argparse.Namespace, world: MPI.Comm) -> tuple["Op
                 saved.cursor if saved else 0,
                 saved.skipped_steps if saved else 0,
                 saved.adam_count if saved else 0,
+                opened.folder.read_reductions(),
                 faults,
             )
             if not opened.finished:
@@ -194,7 +197,7 @@ class Session:
             require_one_kind(comms)
         self.groups = self._groups()
         self.ownership = ownership_of(config, comms.topology, self.groups)
-        self.reduction = make_reduction(config.hierarchy.reduction, comms, self.ownership, summed_type(config))
+        self.reduction = self._reduction()
         self.phases = Phases(comms.rank, comms.waiter, start.faults)
         self.progress = Progress(start.step, start.cursor, start.skipped)
         self.stopping = self._stop_requests()
@@ -325,6 +328,22 @@ class Session:
         if self.opened is None:
             return StopRequests()
         return StopRequests(self.opened.folder.stop_requested, duration_seconds(self.config.run.time_limit))
+
+    def _reduction(self) -> Reduction:
+        """As configured; a choice by time is kept in the run folder, so that a resumed run sums in the same way."""
+        config, place = self.config.hierarchy, self.comms.topology.layout
+        known = "" if config.retune else self.start.reductions.get(place, "")
+        chosen = make_reduction(config.reduction, self.comms, self.ownership, summed_type(self.config), known)
+        error = None
+        if self.opened and chosen.seconds:
+            times = ", ".join(f"{name} {1e3 * seconds:.1f} ms" for name, seconds in chosen.seconds.items())
+            logger.info("hierarchy.reduction: %s (%s)", chosen.reduction.name, times)
+            try:
+                self.opened.folder.keep_reduction(place, chosen.reduction.name)
+            except UserError as caught:
+                error = caught
+        agree(self.comms.world, error, self.comms.waiter)
+        return chosen.reduction
 
     def _groups(self) -> NDArray[np.uint8]:
         """(V,) symmetry class of each token id."""
