@@ -7,10 +7,13 @@ activations are counted from the shapes.
 from typing import NamedTuple
 
 from hiermpi.config.schema import Config, ModelConfig
+from hiermpi.hierarchy.ownership import assign
+from hiermpi.hierarchy.symmetry import SymmetryTable, symmetry_groups
 from hiermpi.hierarchy.topology import Topology
 from hiermpi.model.parameters import ParameterLayout
 from hiermpi.model.transformer import activation_bytes, micro_batch_sequences, transformer_specs
 from hiermpi.optimizer.fixed_point import unit_sequences
+from hiermpi.optimizer.norm import norm_blocks
 
 PROCESS_BYTES = 27_200_000
 """What the interpreter, numpy and MPI of a rank have to themselves."""
@@ -20,6 +23,8 @@ ROOT_BYTES = 27_000_000
 """What the root loads besides: HDF5, the validation of settings, the router."""
 SAVING_VECTORS = 6
 """Vectors that the root holds while it saves: parameters and moments in token order, and the file built of them."""
+GATHERED_VECTORS = 2
+"""Vectors more where the moments lie with other owners."""
 
 
 class Memory(NamedTuple):
@@ -41,7 +46,13 @@ def memory_of(topology: Topology, config: Config, model: ModelConfig, data_bytes
         model: with the vocabulary size.
         data_bytes: tokens that the root keeps in memory.
     """
-    vector = 4 * ParameterLayout(transformer_specs(model)).size
+    layout = ParameterLayout(transformer_specs(model))
+    vector = 4 * layout.size
+    by_class = SymmetryTable(symmetry_groups(None, model.vocab_size, model.symmetry_order), model.symmetry_order)
+    ownership = assign(*norm_blocks(layout, by_class.class_bounds), topology, config.optimizer.placement)
+    owned = dict.fromkeys(range(topology.size), 0)
+    for start, stop, owner in ownership.spans:
+        owned[ownership.ranks[owner]] += 4 * (stop - start)
     batch, leaves = config.train.batch_size, topology.n_leaves
     most = -(-batch // leaves)
     roots = max(0, batch - most * (leaves - 1)) if config.hierarchy.routing == "balanced" or leaves == 1 else 0
@@ -62,15 +73,17 @@ def memory_of(topology: Topology, config: Config, model: ModelConfig, data_bytes
         # twice as long, and the gradient of a unit stands beside them.
         sums, unit = (2 * vector, vector) if config.hierarchy.reproducible else (vector, 0)
         gradient_and_parameters = unit + sums + ((vector + sums) // neighbours if shared else vector)
-        root = 2 * vector + ROOT_BYTES + data_bytes if rank == 0 else 0  # both moments
+        root = ROOT_BYTES + data_bytes if rank == 0 else 0
         leaf = activations[roots if rank == 0 else most] if topology.is_leaf(rank) else 0
-        return PROCESS_BYTES + LIBRARY_BYTES // neighbours + gradient_and_parameters + leaf + root
+        moments = 2 * owned[rank]
+        return PROCESS_BYTES + LIBRARY_BYTES // neighbours + gradient_and_parameters + moments + leaf + root
 
     per_rank = [of(rank) for rank in range(topology.size)]
     per_node = [0] * topology.n_nodes
     for rank, node in enumerate(topology.nodes):
         per_node[node] += per_rank[rank]
-    return Memory(per_rank, per_node, SAVING_VECTORS * vector)
+    saving = SAVING_VECTORS + (GATHERED_VECTORS if ownership.shared_out else 0)
+    return Memory(per_rank, per_node, saving * vector)
 
 
 def activations_of(model: ModelConfig, sequences: int) -> int:

@@ -1,5 +1,7 @@
 """The communicators match the topology, on any number of ranks."""
 
+import os
+
 import numpy as np
 import pytest
 from collective import collective_assert
@@ -47,4 +49,11 @@ def test_levels_reach_every_rank_once(comm):
     for level in comms.levels_down():
         level.Bcast(value)
     collective_assert(comm, value[0] == 42.0)
+    comms.free()
+
+
+@pytest.mark.skipif("HIERMPI_TEST_NODES" not in os.environ, reason="set by tests/endtoend/test_nodes.py")
+def test_number_of_nodes(world):
+    comms = Communicators(world, 12)
+    collective_assert(world, comms.topology.n_nodes == int(os.environ["HIERMPI_TEST_NODES"]))
     comms.free()
