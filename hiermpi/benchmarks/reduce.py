@@ -1,16 +1,16 @@
 """Ways to sum a vector over all ranks and give every rank the result, against each other."""
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import numpy as np
 from mpi4py import MPI
+from numpy.typing import NDArray
 
 from hiermpi.benchmarks.measuring import interleaved, row
 from hiermpi.communication.choosing import make_reduction
 from hiermpi.communication.communicators import Communicators
-from hiermpi.communication.reduction import Reduction, chunked, ireduce_in_place
+from hiermpi.communication.reduction import Reduction, chunked
 from hiermpi.hierarchy.ownership import owned_by_root
 
 MEMORY_BUDGET = 4 << 30
@@ -68,8 +68,11 @@ def plain_mpi(comms: Communicators, n: int) -> dict[str, Callable[[], None]]:
             world.Reduce(vector, None)
         world.Bcast(vector)
 
+    def ireduce(chunk: NDArray) -> MPI.Request:
+        return world.Ireduce(MPI.IN_PLACE, chunk) if comms.rank == 0 else world.Ireduce(chunk, None)
+
     def ireduce_ibcast() -> None:
-        chunked(comms.waiter, vector, partial(ireduce_in_place, world))
+        chunked(comms.waiter, vector, ireduce)
         chunked(comms.waiter, vector, world.Ibcast)
 
     return {

@@ -20,11 +20,12 @@ from mpi4py import MPI
 from numpy.typing import DTypeLike, NDArray
 
 from hiermpi.communication.communicators import Communicators
+from hiermpi.communication.summing import spread_pieces, sum_pieces
 from hiermpi.communication.waiting import Waiter
 from hiermpi.hierarchy.ownership import Ownership, Span
 from hiermpi.model.parameters import aligned_zeros
 
-CHUNK_BYTES = 1 << 17
+CHUNK_BYTES = 1 << 19
 """Messages are cut to this size: unsegmented algorithms of MPI libraries pipeline poorly, and counts stay small."""
 CHUNKS_IN_FLIGHT = 8
 
@@ -101,13 +102,14 @@ class TreeReduction:
     def reduce(self, sums: NDArray[np.float64], gradients: NDArray) -> NDArray:
         comms = self.comms
         if comms.group != MPI.COMM_NULL:
-            for vector in (sums, gradients):
-                chunked(comms.waiter, vector, partial(ireduce_in_place, comms.group))
+            pieces = [(chunk, 0) for chunk in chunks(gradients)]
+            sum_pieces(comms.waiter, comms.group, [(sums, 0)])
+            sum_pieces(comms.waiter, comms.group, pieces)
         if comms.control != MPI.COMM_NULL:
             if self.ownership.shared_out:
                 comms.waiter.wait(comms.control.Iallreduce(MPI.IN_PLACE, sums))
             else:
-                comms.waiter.wait(ireduce_in_place(comms.control, sums))
+                sum_pieces(comms.waiter, comms.control, [(sums, 0)])
             reduce_spans(comms.waiter, comms.control, gradients, self.ownership.spans)
         return gradients
 
@@ -160,18 +162,17 @@ def exchange_on_control(comms: Communicators, values: NDArray[np.float64] | None
 
 
 def reduce_spans(waiter: Waiter, comm: MPI.Comm, vector: NDArray, spans: Iterable[Span]) -> None:
-    """Leave the sum over ``comm`` of each span at its owner there; elsewhere it stays. Collective over ``comm``."""
-    pipelined(waiter, (partial(ireduce_in_place, comm, chunk, owner) for chunk, owner in span_chunks(vector, spans)))
+    """Leave the sum over ``comm`` of each span at its owner there. Collective over ``comm``."""
+    sum_pieces(waiter, comm, list(span_chunks(vector, spans)))
 
 
 def broadcast_spans(waiter: Waiter, comm: MPI.Comm, vector: NDArray, spans: Iterable[Span]) -> None:
     """Give every rank of ``comm`` each span of its owner there. Collective over ``comm``."""
-    pipelined(waiter, (partial(comm.Ibcast, chunk, owner) for chunk, owner in span_chunks(vector, spans)))
-
-
-def ireduce_in_place(comm: MPI.Comm, chunk: NDArray, root: int = 0) -> MPI.Request:
-    """Start a sum to rank ``root`` of ``comm``, in place there."""
-    return comm.Ireduce(MPI.IN_PLACE, chunk, root=root) if comm.rank == root else comm.Ireduce(chunk, None, root=root)
+    pieces = list(span_chunks(vector, spans))
+    if len({owner for _, owner in pieces}) > 1:
+        spread_pieces(waiter, comm, pieces)
+    else:
+        pipelined(waiter, (partial(comm.Ibcast, chunk, owner) for chunk, owner in pieces))
 
 
 def chunked(waiter: Waiter, vector: NDArray, start: Callable[[NDArray], MPI.Request]) -> None:

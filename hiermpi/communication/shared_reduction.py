@@ -1,7 +1,7 @@
 """Sums in memory that a node's ranks share: level 1 is the node, level 2 joins the nodes.
 
-Every rank of a node sums its own slices over the gradients of all ranks there, in the order of the ranks, into a vector
-of the node. Where there are several nodes, the ranks at place k of each then carry the k-th part of that vector
+Every rank of a node sums its own slices over the gradients of all leaves there, in the order of the ranks, into a
+vector of the node. Where there are several nodes, the ranks at place k of each then carry the k-th part of that vector
 between them, each part to the node of its owner, chunk by chunk: as many communicators of leaders as the smallest node
 has ranks. There is one copy of the parameters per node, so a broadcast inside a node is a barrier. Groups decide
 routing and ownership, the machine decides the sum.
@@ -16,6 +16,7 @@ from hiermpi.communication.reduction import broadcast_spans, exchange_on_control
 from hiermpi.communication.shared_memory import LINE, NodeBarrier, NodeMemory
 from hiermpi.hierarchy.ownership import Ownership, lanes, node_sums, spans_of
 from hiermpi.model.kernels import load_kernels
+from hiermpi.model.parameters import lazy_zeros
 
 SLICE_UNIT = LINE // 4
 EXCHANGED_ROWS = 2
@@ -59,18 +60,24 @@ class SharedReduction:
         exchanged_bytes = -(-8 * EXCHANGED_ROWS * n_blocks // LINE) * LINE
         parameters_at = barrier_bytes + exchanged_bytes
         sums_at = parameters_at + 4 * stride
-        memory = NodeMemory(node, sums_at + width * stride * (node.size + 1), comms.waiter)
+        here = [rank for rank in range(comms.size) if topology.nodes[rank] == topology.nodes[comms.rank]]
+        leaves = [rank for rank in here if topology.is_leaf(rank)]
+        n_buffers = max(len(leaves), 1)  # where nobody computes, zeros
+        memory = NodeMemory(node, sums_at + width * stride * (n_buffers + 1), comms.waiter)
         self._barrier = NodeBarrier(memory, 0, node, comms.waiter)
         self._exchanged = memory.array(barrier_bytes, (EXCHANGED_ROWS, n_blocks), np.float64)
         self._parameters = memory.array(parameters_at, (stride,), np.float32)
         self._total = memory.array(sums_at, (stride,), dtype)
-        self._buffers = memory.array(sums_at + width * stride, (node.size, stride), dtype)
+        self._buffers = memory.array(sums_at + width * stride, (n_buffers, stride), dtype)
+        self._gradients = lazy_zeros(size, dtype)  # of a rank that never computes
+        if comms.rank in leaves:
+            self._gradients = self._buffers[leaves.index(comms.rank), :size]
         self._size = size
         self._kernels = load_kernels()
         self._turn = 0
 
     def gradient_vector(self) -> NDArray:
-        return self._buffers[self.comms.node.rank, : self._size]
+        return self._gradients
 
     def parameter_vector(self) -> NDArray[np.float32]:
         return self._parameters[: self._size]

@@ -14,11 +14,13 @@ from mpi4py import MPI
 
 FIRST_SLEEP = 20e-6
 LONGEST_SLEEP = 1e-3
-LONGEST_KERNEL_SLEEP = 0.1
+GROWTH = 1.15
+"""Of the sleep from poll to poll: about a seventh of the wait so far, so that a message in many rounds loses little."""
+LONGEST_KERNEL_SLEEP = 1.0
 """Where the kernel wakes the rank: bounded, so that stalls are seen. Signals end the sleep."""
 SPIN_SECONDS = 2e-3
 """How long a rank with a core of its own polls before it sleeps."""
-OVERSUBSCRIBED_SPIN_SECONDS = 200e-6
+OVERSUBSCRIBED_SPIN_SECONDS = 50e-6
 """The same where ranks share cores; each poll then gives the core away."""
 
 logger = logging.getLogger("hiermpi")
@@ -70,7 +72,7 @@ class Waiter:
                 os.sched_yield()
                 continue
             time.sleep(pause)
-            pause = min(2 * pause, LONGEST_SLEEP)
+            pause = min(GROWTH * pause, LONGEST_SLEEP)
             if now - start > 1.0:
                 warned = self._watch(now - start, warned)
         self.seconds += time.perf_counter() - start
@@ -88,7 +90,7 @@ class Waiter:
                 os.sched_yield()
                 continue
             time.sleep(pause)
-            pause = min(2 * pause, LONGEST_SLEEP)
+            pause = min(GROWTH * pause, LONGEST_SLEEP)
             if waited > 1.0:
                 warned = self._watch(waited, warned)
         self.seconds += time.perf_counter() - start

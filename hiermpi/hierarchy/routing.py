@@ -16,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from hiermpi.hierarchy.loops import compiled_loops
 from hiermpi.hierarchy.topology import Topology
 from hiermpi.hierarchy.transport import assign
 
@@ -89,9 +90,17 @@ class Router:
     def affinity(self, tokens: NDArray[np.int32]) -> NDArray[np.int64]:
         """(B, G) number of tokens of each group in each sequence."""
         n, groups = len(tokens), self.topology.n_groups
+        loops = compiled_loops()
+        if loops is not None and tokens.dtype == np.int32 and tokens.strides[1:] == (4,):
+            counts = np.zeros((n, groups), np.int64)
+            arrays = (counts, tokens, self.group_of_token)
+            loops.count_groups(*(a.ctypes.data for a in arrays), n, tokens.shape[1], tokens.strides[0] // 4, groups)
+            return counts
+        cell = self.group_of_token[tokens]  # of padding that of some token, taken out below
+        cell += groups * np.arange(n)[:, None]
         present = tokens >= 0
-        cell = self.group_of_token[np.where(present, tokens, 0)] + groups * np.arange(n)[:, None]
-        return np.bincount(cell[present], minlength=n * groups).reshape(n, groups)
+        counted = cell.reshape(-1) if present.all() else cell[present]
+        return np.bincount(counted, minlength=n * groups).reshape(n, groups)
 
     def _bins(self, affinity: NDArray[np.int64]) -> NDArray[np.int64]:
         if self.mode == "dominant":

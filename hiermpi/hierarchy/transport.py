@@ -10,8 +10,9 @@ Network Flows, 1993, sections 9.3 and 9.7):
    bin i to bin j is the least loss of affinity for which a unit now in i moves to j. A shortest path leaves
    no cycle that gains. Once all loads fit, the absence of such cycles is the optimality of the assignment.
 
-So the prices decide only how many paths are needed. They come from a sample of the units, solved in the same
-way, and a round of coordinate descent on the dual. All of it is integer arithmetic, without randomness.
+So the prices decide only how many paths are needed. Of many units they come from a sample, solved in the same way,
+and a round of coordinate descent on the dual. All of it is integer arithmetic, without randomness; step 2 is also
+compiled (loops.c), with the same result.
 """
 
 from itertools import pairwise
@@ -19,10 +20,14 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
+from hiermpi.hierarchy.loops import compiled_loops
+
 Integers = NDArray[np.int64]
 
 SAMPLING = 4
 """Units for each one in the sample that prices come from."""
+FEW = 256
+"""Units for which moving them all is faster than finding prices first, where step 2 is compiled."""
 NEVER = 1 << 60
 """Loss of a move that is not there; the sum of two is still an int64."""
 
@@ -54,7 +59,7 @@ def _solve(affinity: Integers, capacity: Integers) -> "_Assignment":
     n, bins = affinity.shape
     prices = np.zeros(bins, np.int64)
     size = n // SAMPLING
-    if size > 0:
+    if size > 0 and (n > FEW or compiled_loops() is None):
         # Steps of the golden ratio: an even sample, which no period in the order of the units can bias.
         sample = np.arange(size) * 2654435769 % 2**32 * n >> 32
         share = np.diff(capacity.cumsum() * size // n, prepend=0)
@@ -100,8 +105,8 @@ class _Assignment:
 
     def __init__(self, affinity: Integers, capacity: Integers, prices: Integers) -> None:
         bins = len(capacity)
-        self.affinity = affinity
-        self.capacity = capacity
+        self.affinity = np.ascontiguousarray(affinity, np.int64)
+        self.capacity = np.ascontiguousarray(capacity, np.int64)
         self.place: NDArray[np.intp] = (affinity - prices).argmax(axis=1)
         """(n,) bin of each unit."""
         self.load = np.bincount(self.place, minlength=bins)
@@ -109,12 +114,20 @@ class _Assignment:
         self.idle = self._place_idle(prices)
         """(bins,) idle units in each bin."""
         self.loss = np.empty((bins, bins), np.int64)
-        """Least loss of affinity for which a unit, idle or not, moves from one bin to another."""
-        for bin_ in range(bins):
-            self._update_loss(bin_)
+        """Least loss of affinity for which a unit, idle or not, moves from one bin to another (by :meth:`balance`)."""
 
     def balance(self) -> None:
         """Move units until no bin is above its capacity; each path takes at least one from a bin that is."""
+        loops = compiled_loops()
+        if loops is not None:
+            n, bins = self.affinity.shape
+            work = np.empty(bins * (bins + 5), np.int64)
+            arrays = (self.affinity, self.capacity, self.place, self.load, self.idle, work)
+            loops.balance(*(array.ctypes.data for array in arrays), n, bins)
+            self.loss = work[: bins * bins].reshape(bins, bins)
+            return
+        for bin_ in range(len(self.capacity)):
+            self._update_loss(bin_)
         while True:
             excess = self.load + self.idle - self.capacity
             if not (excess > 0).any():

@@ -72,7 +72,8 @@ def memory_of(topology: Topology, config: Config, model: ModelConfig, data_bytes
         # Shared: one copy of the parameters and one of the sum for all ranks of the node. Sums in fixed point are
         # twice as long, and the gradient of a unit stands beside them.
         sums, unit = (2 * vector, vector) if config.hierarchy.reproducible else (vector, 0)
-        gradient_and_parameters = unit + sums + ((vector + sums) // neighbours if shared else vector)
+        own = unit + (sums if topology.is_leaf(rank) or not shared else 0)
+        gradient_and_parameters = own + ((vector + sums) // neighbours if shared else vector)
         root = ROOT_BYTES + data_bytes if rank == 0 else 0
         leaf = activations[roots if rank == 0 else most] if topology.is_leaf(rank) else 0
         moments = 2 * owned[rank]

@@ -127,6 +127,8 @@ class Trainer:
         self.reproducible = config.hierarchy.reproducible
         self.gradients = model.parameters.new_vector() if self.reproducible else self.sums
         """Of all this leaf's sequences, or of the unit in work."""
+        self._may_be_written = comms.topology.is_leaf(comms.rank) or not reduction.keeps_gradients
+        """Whether :attr:`gradients` may be anything but zero before a step: not where this rank only coordinates."""
         self.unit = unit_sequences(config)
         self._largest = largest_addend(-(-config.train.batch_size // self.unit))
         self.sequences = 0
@@ -210,7 +212,7 @@ class Trainer:
         result = 0.0, 0
         if len(rows) and isinstance(self.model, WritingModel):
             result = self.model.write_gradients(batch, self.gradients)
-        else:
+        elif self._may_be_written:
             self.gradients[:] = 0
             if len(rows):
                 result = self.model.loss_and_gradients(batch, self.gradients)

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from hiermpi.hierarchy import routing
 from hiermpi.hierarchy.routing import Router, even_leaves, leaves_in_turn
 from hiermpi.hierarchy.topology import Topology
 
@@ -103,3 +104,15 @@ def test_even_leaves_cover_and_balance():
             assert len(leaf) == n
             load = np.bincount(leaf, minlength=size)
             assert load.max() - load.min() <= 1
+
+
+def test_the_compiled_count_is_the_numpy_one(monkeypatch):
+    if routing.compiled_loops() is None:
+        pytest.skip("loops.c was not built")
+    tokens = np.random.default_rng(3).integers(-1, 50, (9, 33)).astype(np.int32)
+    router = Router(Topology(5), "balanced", np.arange(50).astype(np.uint8) % 12, np.ones(50, np.int64))
+    for part in (tokens, tokens[:, :-1], tokens[::2, 3:7], tokens[:0], tokens[:, ::2]):
+        compiled = router.affinity(part)
+        with monkeypatch.context() as patch:
+            patch.setattr(routing, "compiled_loops", lambda: None)
+            np.testing.assert_array_equal(compiled, router.affinity(part))

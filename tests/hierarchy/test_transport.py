@@ -7,6 +7,17 @@ from scipy.optimize import linear_sum_assignment
 from hiermpi.hierarchy import transport
 from hiermpi.hierarchy.transport import assign
 
+BUILT = transport.compiled_loops()
+
+
+@pytest.fixture(autouse=True, params=["numpy", "compiled"])
+def form(request, monkeypatch):
+    """Both forms, where this installation has the compiled one."""
+    if request.param == "compiled" and BUILT is None:
+        pytest.skip("loops.c was not built")
+    monkeypatch.setattr(transport, "compiled_loops", lambda: BUILT if request.param == "compiled" else None)
+    return request.param
+
 
 def value(affinity, bins):
     return int(affinity[np.arange(len(affinity)), bins].sum())
@@ -117,6 +128,7 @@ def test_full_size_has_no_gap_to_the_dual(kind, capacity):
 @pytest.mark.parametrize("kind", ["text", "wide", "tied", "equal"])
 def test_good_prices_leave_few_paths(kind, monkeypatch):
     """Speed without a clock: from no prices at all, thousands of the units would need a path each."""
+    monkeypatch.setattr(transport, "compiled_loops", lambda: None)
     paths = []
     move = transport._Assignment._move
     monkeypatch.setattr(transport._Assignment, "_move", lambda *args: paths.append(args) or move(*args))
@@ -170,3 +182,22 @@ def test_one_bin_and_no_units():
 def test_capacities_that_do_not_suffice_are_refused():
     with pytest.raises(ValueError, match="5 units do not fit into a capacity of 4"):
         assign(np.zeros((5, 2), np.int64), np.array([1, 3]))
+
+
+@pytest.mark.skipif(BUILT is None, reason="loops.c was not built")
+@pytest.mark.parametrize("largest", [0, 1, 3, 20, 10**6])
+def test_the_compiled_form_makes_the_same_moves(largest, monkeypatch):
+    generator = np.random.default_rng(largest)
+    for n in (1, 2, 5, 17, 60, 300):
+        for slack in (0, 2, 40):
+            affinity, capacity = random_case(generator, n, largest, slack)
+            capacity = np.minimum(capacity, n)
+            prices = generator.integers(0, largest + 2, len(capacity))
+            made = []
+            for built in (BUILT, None):
+                monkeypatch.setattr(transport, "compiled_loops", lambda built=built: built)
+                assignment = transport._Assignment(affinity, capacity, prices)
+                assignment.balance()
+                made.append(assignment)
+            for part in ("place", "load", "idle", "loss"):
+                np.testing.assert_array_equal(getattr(made[0], part), getattr(made[1], part))
