@@ -1,5 +1,7 @@
-"""Ways to sum a vector over all ranks and give every rank the result, against each other."""
+"""Ways to sum a vector over all ranks and give every rank the result, against each other and the memory's own speed."""
 
+import os
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -9,45 +11,102 @@ from numpy.typing import NDArray
 
 from hiermpi.benchmarks.measuring import interleaved, row
 from hiermpi.communication.choosing import make_reduction
-from hiermpi.communication.communicators import Communicators
+from hiermpi.communication.communicators import Communicators, usable_cores
+from hiermpi.communication.objects import broadcast_object
 from hiermpi.communication.reduction import Reduction, chunked
+from hiermpi.communication.shared_reduction import SharedReduction
 from hiermpi.hierarchy.ownership import owned_by_root
+from hiermpi.hierarchy.topology import block_bounds
 
-MEMORY_BUDGET = 4 << 30
+SECONDS_PER_SIZE = 15.0
+CALLS_BELOW = 1_000_000
+"""Floats below which a turn is several calls: ranks leave the barrier between turns a little apart."""
 
 
-def bench_reduce(world: MPI.Comm, largest: int = 10**7, rounds: int = 9) -> dict[str, Any]:
-    """Rows per method and size, ratios at each size of Allreduce and Reduce + Bcast to ``shared``.
+def bench_reduce(world: MPI.Comm, largest: int = 10**8, rounds: int = 12) -> dict[str, Any]:
+    """Rows per method and size, ratios at each size, notes on what did not fit, and the number of nodes.
 
-    A call sums gradients to the root and gives every rank the root's parameters. Collective over ``world``.
+    A call sums gradients to the root and gives every rank the root's parameters. ``sum bandwidth`` is what the cores
+    of a node reach who sum the same buffers into one without waiting for anybody. Collective over ``world``.
     """
     comms = Communicators(world, 12)
     rows: list[dict[str, Any]] = []
     ratios: dict[str, float] = {}
+    notes: list[str] = []
+    memory = broadcast_object(comms.world, available_memory() * 2 // 3, comms.waiter)
     n = 1000
-    while n <= largest and 4 * n * (comms.size * 6 + 2) <= MEMORY_BUDGET:
-        made = {kind: make_reduction(kind, comms, owned_by_root(n)).reduction for kind in ("tree", "shared", "flat")}
-        methods = {kind: both_ways(how) for kind, how in made.items()}
-        methods |= plain_mpi(comms, n)
-        barrier = lambda: comms.waiter.wait(comms.world.Ibarrier())  # noqa: E731
-        seconds = interleaved(methods, rounds, barrier)
-        here = [row(name, comms.size, n, taken) for name, taken in seconds.items()]
+    while n <= largest:
+        needed = 4 * n * (comms.node.size + 3)
+        if needed > memory:
+            notes.append(f"{n:,} floats: not measured, {needed / 1e9:.1f} GB are over two thirds of the free memory")
+            break
+        here = bench_size(comms, n, rounds)
         rows += here
         medians = {entry["method"]: entry["median_s"] for entry in here}
+        best = min(medians[name] for name in ("tree", "shared", "flat") if name in medians)
         ratios |= {
             f"{name} / shared at {n:,}": medians[name] / medians["shared"]
             for name in ("Allreduce", "Reduce + Bcast", "tree")
         }
-        for how in made.values():
-            how.free()
+        ratios[f"auto / best of tree, shared, flat at {n:,}"] = medians["auto"] / best
+        if "sum bandwidth" in medians:
+            ratios[f"sum bandwidth reached by shared at {n:,}"] = medians["sum bandwidth"] / medians["shared"]
         n *= 10
+    nodes = comms.topology.n_nodes
     comms.free()
-    return {"rows": rows, "ratios": ratios}
+    return {"rows": rows, "ratios": ratios, "notes": notes, "nodes": nodes}
 
 
-def both_ways(how: Reduction) -> Callable[[], None]:
+def bench_size(comms: Communicators, n: int, rounds: int) -> list[dict[str, Any]]:
+    """Rows at one size. Collective over the hierarchy."""
+    ownership = owned_by_root(n)
+    chosen = make_reduction("auto", comms, ownership).reduction
+    name = chosen.name
+    chosen.free()
+    del chosen  # and its memory, before the same is taken again
+    made = {kind: make_reduction(kind, comms, ownership).reduction for kind in ("tree", "shared", "flat")}
+    # One vector for all: what is timed is the way, not the memory.
+    gradients, parameters = made["shared"].gradient_vector(), made["shared"].parameter_vector()
+    methods = {kind: both_ways(how, gradients, parameters) for kind, how in made.items()}
+    methods["auto"] = methods[name]
+    methods |= plain_mpi(comms, gradients)
+    if isinstance(made["shared"], SharedReduction):
+        methods["sum bandwidth"] = own_bandwidth(comms, made["shared"])
+    calls = max(1, min(20, CALLS_BELOW // n))
+    repeated = {kind: several(method, calls) for kind, method in methods.items()}
+    barrier = lambda: comms.waiter.wait(comms.world.Ibarrier())  # noqa: E731
+    begun = time.perf_counter()
+    interleaved(repeated, 1, barrier)
+    turn = (time.perf_counter() - begun) / 2
+    rounds = broadcast_object(comms.world, max(3, min(rounds, int(SECONDS_PER_SIZE / turn))), comms.waiter)
+    seconds = interleaved(repeated, rounds, barrier)
+    for how in made.values():
+        how.free()
+    rows: list[dict[str, Any]] = []
+    for kind, taken in seconds.items():
+        entry = row(kind, comms.size, n, [s / calls for s in taken])
+        if kind == "sum bandwidth":
+            entry["bytes_per_second"] = 4 * n * (comms.node.size + 1) / entry["median_s"]
+        elif kind == "auto":
+            entry["chosen"] = name
+        rows.append(entry)
+    return rows
+
+
+def several(method: Callable[[], None], calls: int) -> Callable[[], None]:
+    """``calls`` of ``method``."""
+
+    def call() -> None:
+        for _ in range(calls):
+            method()
+
+    return call
+
+
+def both_ways(
+    how: Reduction, gradients: NDArray[np.float32], parameters: NDArray[np.float32]
+) -> Callable[[], None]:
     """Sum up, parameters down, with one of our reductions."""
-    gradients, parameters = how.gradient_vector(), how.parameter_vector()
     sums, verdict = np.zeros(4), np.ones(4)
 
     def call() -> None:
@@ -57,9 +116,9 @@ def both_ways(how: Reduction) -> Callable[[], None]:
     return call
 
 
-def plain_mpi(comms: Communicators, n: int) -> dict[str, Callable[[], None]]:
+def plain_mpi(comms: Communicators, vector: NDArray[np.float32]) -> dict[str, Callable[[], None]]:
     """What the MPI library offers for the same."""
-    vector, world = np.zeros(n, np.float32), comms.world
+    world = comms.world
 
     def reduce_bcast() -> None:
         if comms.rank == 0:
@@ -80,3 +139,20 @@ def plain_mpi(comms: Communicators, n: int) -> dict[str, Callable[[], None]]:
         "Reduce + Bcast": reduce_bcast,
         "Ireduce + Ibcast, chunked": ireduce_ibcast,
     }
+
+
+def own_bandwidth(comms: Communicators, shared: SharedReduction) -> Callable[[], None]:
+    """The sum of a node's gradients where they lie, each of its cores a part, nobody waiting for anybody."""
+    summing = min(comms.node.size, usable_cores())
+    bounds, place = block_bounds(shared.ownership.size, summing), comms.node.rank
+
+    def call() -> None:
+        if place < summing:
+            shared.sum_part(bounds[place], bounds[place + 1])
+
+    return call
+
+
+def available_memory() -> int:
+    """Bytes that this machine can still give."""
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hiermpi.config.loading import add_config_arguments
@@ -25,7 +26,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("what", choices=("reduce", "step", "kernels"))
     parser.add_argument("--rounds", type=int, default=12, metavar="N", help="turns of each method (default: 12)")
     parser.add_argument(
-        "--largest", type=int, default=10**7, metavar="N", help="most floats that reduce sums (default: 10000000)"
+        "--largest", type=int, default=10**8, metavar="N", help="most floats that reduce sums (default: 100000000)"
+    )
+    parser.add_argument(
+        "--machine", type=Path, metavar="FILE", help="where reduce keeps what plan reads (default: in ~/.config)"
     )
     parser.add_argument(
         "--peer", choices=("torch", "none"), default="torch", help="what step is compared with (default: torch)"
@@ -38,13 +42,12 @@ def run_together(arguments: argparse.Namespace, world: "MPI.Comm") -> int:
     """Measure on all ranks; rank 0 prints. Collective over ``world``."""
     from hiermpi.benchmarks.kernels import bench_kernels
     from hiermpi.benchmarks.measuring import table
-    from hiermpi.benchmarks.reduce import bench_reduce
     from hiermpi.benchmarks.step import bench_step
 
     if arguments.what == "kernels":
         result: dict[str, Any] = bench_kernels(arguments.rounds) if world.rank == 0 else {}
     elif arguments.what == "reduce":
-        result = bench_reduce(world, arguments.largest, arguments.rounds)
+        result = bench_reduce_and_machine(arguments, world)
     else:
         result = bench_step(resolved_config(arguments, world), world, arguments.rounds, peers=arguments.peer == "torch")
     if world.rank == 0:
@@ -52,6 +55,34 @@ def run_together(arguments: argparse.Namespace, world: "MPI.Comm") -> int:
         text = table(result["rows"], result["ratios"], "gflops" if arguments.what == "step" else "")
         print(json.dumps(result) if arguments.json else "\n".join([text, *notes]))
     return 0
+
+
+def bench_reduce_and_machine(arguments: argparse.Namespace, world: "MPI.Comm") -> dict[str, Any]:
+    """Measure the reductions; on one node, also what plan predicts from, and keep that. Collective over ``world``."""
+    from hiermpi.benchmarks.machine import measure_machine
+    from hiermpi.benchmarks.reduce import bench_reduce
+    from hiermpi.communication.objects import agree
+    from hiermpi.communication.waiting import Waiter
+    from hiermpi.errors import UserError
+
+    config = resolved_config(arguments, world)
+    result = bench_reduce(world, arguments.largest, arguments.rounds)
+    if result.pop("nodes") > 1:
+        result["notes"].append("several nodes: what plan predicts from is measured on one")
+        return result
+    machine, error = measure_machine(config, world, result["rows"]), None
+    if world.rank == 0:
+        from hiermpi.storage.machine_file import default_path, keep_machine
+
+        path = arguments.machine or default_path()
+        try:
+            keep_machine(path, machine)
+            result["machine"] = json.loads(machine.to_json())
+            result["notes"].append(f"kept in {path}: hiermpi plan predicts from it")
+        except UserError as caught:
+            error = caught
+    agree(world, error, Waiter())
+    return result
 
 
 def resolved_config(arguments: argparse.Namespace, world: "MPI.Comm") -> Any:

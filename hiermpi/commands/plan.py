@@ -26,6 +26,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--cores-per-node", type=int, default=0, metavar="C", help="for --suggest (default: this machine's)"
     )
+    parser.add_argument(
+        "--machine", type=Path, metavar="FILE", help="measures to predict from (default: those of hiermpi bench reduce)"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     add_config_arguments(parser)
 
@@ -35,9 +38,11 @@ def run(arguments: argparse.Namespace) -> int:
     from hiermpi.config.loading import load_config
     from hiermpi.errors import UsageError
     from hiermpi.hierarchy.topology import Topology
+    from hiermpi.planning.cost import forecast
     from hiermpi.planning.drawing import describe
     from hiermpi.planning.plan import plan
     from hiermpi.planning.suggesting import suggest
+    from hiermpi.storage.machine_file import read_machine
 
     config = load_config(arguments, os.environ)
     if arguments.ranks < 1 or arguments.ranks_per_node < 0 or arguments.cores_per_node < 0:
@@ -54,6 +59,9 @@ def run(arguments: argparse.Namespace) -> int:
         coordinators=config.hierarchy.coordinators,
     )
     planned = plan(topology, config, config.model.vocab_size or vocab_size, data_bytes)
+    machine = read_machine(arguments.machine)
+    if machine:
+        planned["prediction"] = forecast(machine, topology, config, planned["vocab_size"])
     cores = arguments.cores_per_node or os.cpu_count() or 1
     suggestions = suggest(topology, config, planned, cores) if arguments.suggest else []
     if arguments.json:

@@ -96,7 +96,7 @@ class SharedReduction:
         boxes[self.comms.node.rank, : len(sums)] = sums
         self._barrier.wait()
         for start, stop, _ in self._slices:
-            self._kernels.sum_buffers(self._total, self._buffers, start, stop)
+            self.sum_part(start, stop)
         sums[:] = boxes[:, : len(sums)].sum(axis=0)
         total = self._total[: self._size]
         if not self._sums_its_own:
@@ -107,6 +107,10 @@ class SharedReduction:
                 reduce_spans(self.comms.waiter, self._leaders, total, self._lane)
             self._tell_node(sums)
         return total
+
+    def sum_part(self, start: int, stop: int) -> None:
+        """Sum these elements over the node's gradients, waiting for nobody."""
+        self._kernels.sum_buffers(self._total, self._buffers, start, stop)
 
     def exchange(self, values: NDArray[np.float64] | None) -> None:
         """One barrier on one node, messages between the owners on several."""

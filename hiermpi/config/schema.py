@@ -89,7 +89,9 @@ class OptimizerConfig:
     weight_decay: FloatOrZero = option(0.1, "decoupled decay of matrices (never of one-dimensional tensors)")
     beta1: Fraction = option(0.9, "decay of the first moment")
     beta2: Fraction = option(0.99, "decay of the second moment")
-    placement: Literal["root", "sharded"] = option("root", "who applies the optimizer")
+    placement: Literal["root", "sharded"] = option(
+        "sharded", "who applies the optimizer: the root, or each control rank to its classes' rows and a share"
+    )
 
     def __post_init__(self) -> None:
         if self.min_learning_rate > self.learning_rate:

@@ -11,7 +11,8 @@ LABEL = 22
 
 def describe(planned: dict[str, Any], suggestions: Sequence[Suggestion] = ()) -> str:
     """The tree, then the figures."""
-    return "\n".join([*tree_lines(planned), "", *figure_lines(planned), *suggestion_lines(planned, suggestions)])
+    parts = (figure_lines(planned), prediction_lines(planned), suggestion_lines(planned, suggestions))
+    return "\n".join([*tree_lines(planned), "", *(line for part in parts for line in part)])
 
 
 def tree_lines(planned: dict[str, Any]) -> list[str]:
@@ -82,6 +83,34 @@ def figure_lines(planned: dict[str, Any]) -> list[str]:
             up, down = moved[f"{name}_up"], moved[f"{name}_down"]
             lines.append(f"{'per step, ' + name:{LABEL}}{size(up)} up, {size(down)} down")
     return lines
+
+
+def prediction_lines(planned: dict[str, Any]) -> list[str]:
+    """What a step will take, or how to get to know it."""
+    found = planned.get("prediction")
+    if not found:
+        return [f"{'a step takes':{LABEL}}not known: run mpirun -n {planned['ranks']} hiermpi bench reduce on a node"]
+    phases = ", ".join(f"{name} {milliseconds(found[name])}" for name in ("compute", "reduce", "optimize", "other"))
+    machine = found["machine"]
+    return [
+        f"{'a step takes':{LABEL}}{milliseconds(found['step_seconds'])} ({phases})",
+        f"{'that is':{LABEL}}{found['tokens_per_second']:,.0f} tokens/s, {found['speed_up']:.2f} times one rank's; "
+        f"{100 * found['utilisation']:.0f} % of the cores compute",
+        f"{'95 % compute from':{LABEL}}{threshold(found['tokens_for_utilisation'])}",
+        f"{'root 1 : 40 from':{LABEL}}{threshold(found['tokens_for_root_to_worker'])}",
+        f"{'predicted from':{LABEL}}{machine['ranks']} ranks on {machine['cores']} cores of {machine['host']}, "
+        f"{machine['date']}" + ("; a slower network between nodes is not in it" if planned["nodes"] > 1 else ""),
+    ]
+
+
+def threshold(tokens: int | None) -> str:
+    """A number of tokens, or that there is none."""
+    return "no batch size" if tokens is None else f"{tokens:,} tokens for each leaf and step"
+
+
+def milliseconds(seconds: float) -> str:
+    """Seconds, in a unit that suits them."""
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{1e3 * seconds:.1f} ms"
 
 
 def suggestion_lines(planned: dict[str, Any], suggestions: Sequence[Suggestion]) -> list[str]:

@@ -139,12 +139,13 @@ def test_info_tells_the_library():
     ("what", "ranks", "options", "methods"),
     [
         ("kernels", 0, (), {"norm_forward nano numpy"}),
-        ("reduce", 3, ("--largest", 1000), {"tree", "shared", "flat", "Allreduce", "Reduce + Bcast"}),
+        ("reduce", 3, (*TINY, "--largest", 1000), {"tree", "shared", "flat", "auto", "Allreduce", "Reduce + Bcast"}),
         ("step", 2, (*TINY, "--peer", "none"), {"hiermpi", "sgemm"}),
     ],
 )
-def test_bench_measures(what, ranks, options, methods):
-    result = run("bench", what, "--rounds", 2, "--json", *options, ranks=ranks)
+def test_bench_measures(what, ranks, options, methods, tmp_path):
+    kept = {"XDG_CONFIG_HOME": str(tmp_path)}
+    result = run("bench", what, "--rounds", 2, "--json", *options, ranks=ranks, env=kept)
     assert result.returncode == 0, result.stderr
     measured = json.loads(result.stdout)
     assert methods <= {entry["method"] for entry in measured["rows"]}
@@ -152,6 +153,10 @@ def test_bench_measures(what, ranks, options, methods):
         assert {"method", "ranks", "n", "median_s", "q1_s", "q3_s"} <= entry.keys()
         assert 0 < entry["q1_s"] <= entry["median_s"] <= entry["q3_s"]
     assert measured["ratios"]
+    if what == "reduce":
+        planned = json.loads(run("plan", "--ranks", 2, "--json", *TINY, env=kept).stdout)
+        assert planned["prediction"]["step_seconds"] > 0
+        assert planned["prediction"]["machine"]["ranks"] == 3
 
 
 def test_help_under_mpiexec_is_printed_once():

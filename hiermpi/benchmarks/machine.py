@@ -1,0 +1,169 @@
+"""What ``hiermpi plan`` predicts from: this machine's rates, measured with the ranks of a job on one node."""
+
+import dataclasses
+import datetime
+import socket
+import statistics
+import time
+from typing import Any
+
+import numpy as np
+from mpi4py import MPI
+
+from hiermpi.benchmarks.step import make_trainer
+from hiermpi.communication.communicators import Communicators, usable_cores
+from hiermpi.communication.objects import broadcast_object
+from hiermpi.communication.waiting import Waiter
+from hiermpi.config.schema import Config
+from hiermpi.model.contract import Batch
+from hiermpi.model.kernels import load_kernels
+from hiermpi.model.transformer import Transformer, flops_per_token, micro_batch_sequences
+from hiermpi.planning.cost import Line, Machine, predict
+from hiermpi.training.trainer import Trainer
+
+TURNS = 5
+SECONDS = 4.0
+"""Most of measuring steps, after the first."""
+COMPUTE_SECONDS = 0.3
+COORDINATING = ("scatter", "reduce", "optimize", "broadcast", "commit")
+
+
+def measure_machine(config: Config, world: MPI.Comm, rows: list[dict[str, Any]]) -> Machine:
+    """The machine, as rank 0 sees it. Collective over ``world``.
+
+    Args:
+        config: whose model and batch are the measure; the vocabulary size is resolved.
+        world: ranks of one node.
+        rows: of :func:`hiermpi.benchmarks.reduce.bench_reduce`.
+    """
+    cores, waiter = usable_cores(), Waiter()
+    few = min(world.size, cores)
+    call, token = compute_seconds(config, world, few, waiter)
+    crowding = 1.0
+    if world.size > cores:
+        crowded_call, crowded_token = compute_seconds(config, world, world.size, waiter)
+        several = 4 * config.model.context_length
+        crowding = (crowded_call + several * crowded_token) / (call + several * token)
+    machine = Machine(
+        host=socket.gethostname(),
+        date=datetime.datetime.now(tz=datetime.UTC).date().isoformat(),
+        cores=cores,
+        ranks=world.size,
+        token_flops=flops_per_token(config.model),
+        token_seconds=token,
+        call_seconds=call,
+        crowding=max(1.0, crowding),
+        sum_rate=sum_rate(rows, world.size),
+        optimize_seconds=0.0,
+        batch_seconds=0.0,
+        overhead_seconds=0.0,
+        crowded_overhead_seconds=0.0,
+        root_seconds=0.0,
+        tree=fitted_line(rows, "tree", world.size),
+        flat=fitted_line(rows, "flat", world.size),
+    )
+    machine = with_overheads(machine, config, world, few, waiter)
+    return broadcast_object(world, machine, waiter)
+
+
+def compute_seconds(config: Config, world: MPI.Comm, n: int, waiter: Waiter) -> tuple[float, float]:
+    """(per call, per token) CPU seconds while ``n`` ranks compute at once; the others sleep. Collective."""
+    model = config.model
+    several = max(2, min(micro_batch_sequences(model, config.train.micro_batch_size), 8))
+    medians = np.zeros(2)
+    transformer = Transformer(model, micro_batch_size=several, kernels=load_kernels())
+    if world.rank < n:
+        transformer.initialize(1)
+        gradients = transformer.parameters.new_vector()
+        tokens = np.random.default_rng(world.rank).integers(0, model.vocab_size, (several, model.context_length + 1))
+    for index, sequences in enumerate((1, several)):
+        idle_barrier(world)
+        if world.rank < n:
+            rows = tokens[:sequences].astype(np.int32)
+            batch = Batch(rows[:, :-1], rows[:, 1:], np.arange(sequences), 1, 1)
+            transformer.write_gradients(batch, gradients)
+            taken: list[float] = []
+            begun = time.perf_counter()
+            while len(taken) < TURNS or time.perf_counter() - begun < COMPUTE_SECONDS:
+                start = time.process_time()
+                transformer.write_gradients(batch, gradients)
+                taken.append(time.process_time() - start)
+            medians[index] = statistics.median(taken)
+    idle_barrier(world)
+    waiter.wait(world.Iallreduce(MPI.IN_PLACE, medians))
+    one, many = medians / n
+    token = max(many - one, 1e-9) / ((several - 1) * model.context_length)
+    return max(one - token * model.context_length, 0.0), token
+
+
+def sum_rate(rows: list[dict[str, Any]], ranks: int) -> float:
+    """Bytes a second of the largest sum: alone, or, where there is no shared memory, with all the waiting."""
+    alone = [entry["bytes_per_second"] for entry in rows if entry["method"] == "sum bandwidth"]
+    last = [entry for entry in rows if entry["method"] == "shared"][-1]
+    return float(alone[-1] if alone else 4 * last["n"] * (ranks + 1) / last["median_s"])
+
+
+def idle_barrier(world: MPI.Comm) -> None:
+    """A barrier whose waiters take nothing from those who measure. Collective over ``world``."""
+    request = world.Ibarrier()
+    while not request.Test():
+        time.sleep(0.02)
+
+
+def fitted_line(rows: list[dict[str, Any]], method: str, ranks: int) -> Line:
+    """Latency and rate of a reduction, from the smallest and the largest size."""
+    known = {entry["n"]: entry["median_s"] for entry in rows if entry["method"] == method}
+    smallest, largest = min(known), max(known)
+    crossing = 8 * (ranks - 1) * (largest - smallest)
+    return Line(known[smallest], max(crossing, 1) / max(known[largest] - known[smallest], 1e-9))
+
+
+def with_overheads(machine: Machine, config: Config, world: MPI.Comm, few: int, waiter: Waiter) -> Machine:
+    """What real steps take beyond the rest: on a core each, and with all ranks. Collective over ``world``."""
+    for ranks in sorted({few, world.size}):
+        some = world.Split(0 if world.rank < ranks else MPI.UNDEFINED, world.rank)
+        if some != MPI.COMM_NULL:
+            comms = Communicators(some, config.model.symmetry_order, config.hierarchy.coordinators)
+            trainer = make_trainer(config, comms, load_kernels())
+            seconds = step_seconds(trainer, comms)
+            if world.rank == 0:
+                machine = dataclasses.replace(machine, **readings(machine, config, trainer, seconds, ranks))
+            trainer.reduction.free()
+            comms.free()
+            some.Free()
+        idle_barrier(world)
+    return machine
+
+
+def step_seconds(trainer: Trainer, comms: Communicators) -> list[float]:
+    """Of a few steps, after two to warm up. Collective over the hierarchy."""
+    seconds: list[float] = []
+    begun, go_on = time.perf_counter(), True
+    while go_on:
+        seconds.append(trainer.step().seconds)
+        enough = len(seconds) >= 2 + TURNS and time.perf_counter() - begun > 1.0
+        go_on = not (enough or (len(seconds) > 3 and time.perf_counter() - begun > SECONDS))
+        go_on = broadcast_object(comms.world, go_on, comms.waiter)
+    return seconds[2:]
+
+
+def readings(machine: Machine, config: Config, trainer: Trainer, seconds: list[float], ranks: int) -> dict[str, Any]:
+    """The fields of :class:`Machine` that steps of ``ranks`` ranks tell."""
+    phases, steps, topology = trainer.phases, len(seconds) + 2, trainer.comms.topology
+    assert trainer.optimizer is not None
+    owned = sum(stop - start for start, stop, _ in trainer.optimizer.spans)
+    known: dict[str, Any] = {"batch_seconds": phases.cpu["batch"] / steps / config.train.batch_size}
+    if owned and ranks <= machine.cores:
+        worked = phases.seconds["optimize"] - phases.waits["optimize"]
+        known["optimize_seconds"] = worked / steps / owned
+    if ranks == machine.ranks:
+        known["root_seconds"] = sum(phases.cpu[name] for name in COORDINATING) / steps
+    predicted = predict(dataclasses.replace(machine, **known), topology, config, config.model)
+    rest = max(statistics.median(seconds) - predicted.step_seconds, 0.0)
+    if ranks > machine.cores:
+        known["crowded_overhead_seconds"] = rest * machine.cores / ranks
+    elif ranks > 1:
+        known["overhead_seconds"] = rest
+    return known
+
+

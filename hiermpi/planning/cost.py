@@ -1,0 +1,236 @@
+"""What a step will take, from what ``hiermpi bench reduce`` measured of a machine.
+
+A step is computing, summing, optimizing and what the ranks spend on each other. Where a node has a core for each of
+its ranks, the slowest rank counts; where ranks share cores, all their work, divided by the cores. Messages between
+nodes are taken to cost what they cost inside the node that was measured: on a slower network sums take longer.
+"""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from math import ceil, log2
+from typing import Any, NamedTuple
+
+from hiermpi.config.schema import Config, ModelConfig
+from hiermpi.hierarchy.ownership import assign
+from hiermpi.hierarchy.symmetry import SymmetryTable, symmetry_groups
+from hiermpi.hierarchy.topology import Topology
+from hiermpi.model.parameters import ParameterLayout
+from hiermpi.model.transformer import flops_per_token, micro_batch_sequences, transformer_specs
+from hiermpi.optimizer.fixed_point import unit_sequences
+from hiermpi.optimizer.norm import norm_blocks
+from hiermpi.planning.memory import shares_memory
+
+MOST_SEQUENCES = 4096
+"""Per leaf, up to which thresholds are looked for."""
+UTILISATION = 0.95
+ROOT_TO_WORKER = 40.0
+
+
+class Line(NamedTuple):
+    """Seconds of a sum and a broadcast: ``latency + bytes / rate``."""
+
+    latency: float
+    rate: float
+    """Bytes that cross between ranks, up and down, a second."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Machine:
+    """What was measured of one node."""
+
+    host: str
+    date: str
+    cores: int
+    """Usable ones of a node."""
+    ranks: int
+    """With which it was measured."""
+    token_flops: float
+    """Floating-point operations a token of the model that was measured takes."""
+    token_seconds: float
+    """Of computing a token of it on one core, all cores being busy."""
+    call_seconds: float
+    """Of a micro-batch besides its tokens."""
+    crowding: float
+    """Times as long where ranks share cores."""
+    sum_rate: float
+    """Bytes a second that the node's cores together read and write in summing gradients in memory."""
+    optimize_seconds: float
+    """Of norm and AdamW per parameter on one core."""
+    batch_seconds: float
+    """Of the root's preparing a sequence."""
+    overhead_seconds: float
+    """Of a step besides all this, where every rank has a core."""
+    crowded_overhead_seconds: float
+    """The same for each rank, on one core, where ranks share cores."""
+    root_seconds: float
+    """CPU of the root a step for everything but computing and preparing sequences, at ``ranks``."""
+    tree: Line
+    flat: Line
+
+    def to_json(self) -> str:
+        """As a JSON object."""
+        return json.dumps(dataclasses.asdict(self) | {"tree": self.tree, "flat": self.flat}, indent=1) + "\n"
+
+
+def machine_from_json(text: str | bytes) -> Machine:
+    """A machine as :meth:`Machine.to_json` wrote it. Raises ValueError that names what is wrong."""
+    found = json.loads(text)
+    if not isinstance(found, dict):
+        raise ValueError("it is not a JSON object")
+    values: dict[str, Any] = {}
+    for field in dataclasses.fields(Machine):
+        value = found.get(field.name)
+        if field.type is Line:
+            if not (isinstance(value, list) and len(value) == 2 and all(_is_amount(x) for x in value)):
+                raise ValueError(f"{field.name} is not two numbers")
+            values[field.name] = Line(*value)
+        elif field.type is str:
+            values[field.name] = str(value)
+        elif not isinstance(value, int | float) or not _is_amount(value) or (field.type is int and value < 1):
+            raise ValueError(f"{field.name} is not a positive number")
+        else:
+            values[field.name] = value
+    return Machine(**values)
+
+
+def _is_amount(value: object) -> bool:
+    return isinstance(value, int | float) and 0 <= value < float("inf")
+
+
+class Prediction(NamedTuple):
+    """Of one step."""
+
+    step_seconds: float
+    compute: float
+    reduce: float
+    optimize: float
+    other: float
+    tokens_per_second: float
+    utilisation: float
+    """Core seconds that compute gradients, of all there are."""
+    root_to_worker: float
+    """CPU of a worker's computing to that of the root's coordinating."""
+
+
+def predict(machine: Machine, topology: Topology, config: Config, model: ModelConfig) -> Prediction:
+    """A step of ``model`` with the batch of ``config``.
+
+    Args:
+        machine: of which every node is one.
+        topology: the ranks.
+        config: resolved.
+        model: with the vocabulary size.
+    """
+    layout = ParameterLayout(transformer_specs(model))
+    batch, leaves, cores = config.train.batch_size, topology.n_leaves, machine.cores
+    on_node = [0] * topology.n_nodes
+    leaves_on = [0] * topology.n_nodes
+    for rank, node in enumerate(topology.nodes):
+        on_node[node] += 1
+        leaves_on[node] += topology.is_leaf(rank)
+    ranks, computing = max(on_node), max(leaves_on)
+    crowded = ranks > cores
+    busy = min(leaves, batch)
+    alone = _leaf_seconds(machine, config, model, batch / busy)
+    preparing = batch * machine.batch_seconds
+    if crowded:
+        compute = machine.crowding * (computing * busy / leaves * alone + preparing) / cores
+        overhead = machine.crowded_overhead_seconds * ranks / cores
+    else:
+        slowest = _leaf_seconds(machine, config, model, ceil(batch / leaves))
+        compute = slowest + preparing if topology.is_leaf(0) else max(slowest, preparing)
+        overhead = machine.overhead_seconds if topology.size > 1 else 0.0
+    reduce = _sum_seconds(machine, topology, config, 4 * layout.size, ranks, computing)
+    share = _largest_share(topology, config, model, layout)
+    spread = max(share, 1 / min(cores, ranks)) if share < 1 else 1.0
+    optimize = machine.optimize_seconds * layout.size * spread
+    step = compute + reduce + optimize + overhead
+    used = sum(min(cores, n) for n in on_node)
+    root = preparing + machine.root_seconds + (machine.optimize_seconds * layout.size if share == 1 else 0.0)
+    return Prediction(
+        step,
+        compute,
+        reduce,
+        optimize,
+        overhead,
+        batch * model.context_length / step,
+        min(1.0, busy * alone / (step * used)),
+        alone / root if topology.size > 1 else 0.0,
+    )
+
+
+def _leaf_seconds(machine: Machine, config: Config, model: ModelConfig, sequences: float) -> float:
+    """Seconds that a core computes on ``sequences``."""
+    together = micro_batch_sequences(model, config.train.micro_batch_size)
+    if config.hierarchy.reproducible:
+        together = unit_sequences(config)
+    calls = max(1.0, sequences / together) if sequences else 0.0
+    layers = flops_per_token(model) / machine.token_flops
+    return calls * machine.call_seconds + sequences * model.context_length * machine.token_seconds * layers
+
+
+def _sum_seconds(
+    machine: Machine, topology: Topology, config: Config, vector_bytes: int, ranks: int, computing: int
+) -> float:
+    if topology.size == 1:
+        return 0.0
+    width = 2 if config.hierarchy.reproducible else 1
+    crossing = vector_bytes * (width + 1) / 2
+    if not shares_memory(topology, config):
+        line = machine.flat if config.hierarchy.reduction == "flat" else machine.tree
+        return line.latency * topology.size / machine.ranks + crossing * 2 * (topology.size - 1) / line.rate
+    busy = min(ranks, machine.cores) / machine.cores
+    inside = vector_bytes * width * (computing + 1) / (machine.sum_rate * busy)
+    if topology.n_nodes == 1:
+        return inside
+    hops = ceil(log2(topology.n_nodes))
+    latency = machine.tree.latency / max(1, ceil(log2(machine.ranks)))
+    return inside + hops * (latency + 2 * crossing / machine.tree.rate)
+
+
+def _largest_share(topology: Topology, config: Config, model: ModelConfig, layout: ParameterLayout) -> float:
+    """The part of the vector that the owner of most owns."""
+    table = SymmetryTable(symmetry_groups(None, model.vocab_size, model.symmetry_order), model.symmetry_order)
+    ownership = assign(*norm_blocks(layout, table.class_bounds), topology, config.optimizer.placement)
+    owned = [0] * len(ownership.ranks)
+    for start, stop, owner in ownership.spans:
+        owned[owner] += stop - start
+    return max(owned) / layout.size
+
+
+def fewest_tokens(
+    machine: Machine, topology: Topology, config: Config, model: ModelConfig, enough: Callable[[Prediction], bool]
+) -> int | None:
+    """Fewest tokens per leaf and step from which on ``enough`` holds; None where no batch is large enough."""
+
+    def holds(sequences: int) -> bool:
+        batch = sequences * topology.n_leaves
+        larger = dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=batch))
+        return enough(predict(machine, topology, larger, model))
+
+    if not holds(MOST_SEQUENCES):
+        return None
+    low, high = 0, MOST_SEQUENCES
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if holds(middle) else (middle, high)
+    return high * model.context_length
+
+
+def forecast(machine: Machine, topology: Topology, config: Config, vocab_size: int) -> dict[str, Any]:
+    """What ``plan`` prints of a prediction, as plain data."""
+    model = dataclasses.replace(config.model, vocab_size=vocab_size)
+    found = predict(machine, topology, config, model)
+    single = predict(machine, Topology(1, topology.symmetry_order), config, model)
+    return {
+        **found._asdict(),
+        "speed_up": single.step_seconds / found.step_seconds,
+        "tokens_for_utilisation": fewest_tokens(
+            machine, topology, config, model, lambda p: p.utilisation >= UTILISATION
+        ),
+        "tokens_for_root_to_worker": fewest_tokens(
+            machine, topology, config, model, lambda p: p.root_to_worker >= ROOT_TO_WORKER
+        ),
+        "machine": {"host": machine.host, "date": machine.date, "cores": machine.cores, "ranks": machine.ranks},
+    }
