@@ -20,7 +20,7 @@ from hiermpi.benchmarks.measuring import interleaved, row
 from hiermpi.communication.choosing import make_reduction
 from hiermpi.communication.communicators import Communicators
 from hiermpi.communication.objects import broadcast_object
-from hiermpi.communication.scatter import BatchScatter
+from hiermpi.communication.scatter import make_scatter
 from hiermpi.config.schema import Config
 from hiermpi.data.rows import ID_COLUMNS
 from hiermpi.data.sampling import Sampler
@@ -87,7 +87,12 @@ def make_trainer(config: Config, comms: Communicators, kernels: Kernels) -> Trai
         comms,
         model,
         reduction,
-        BatchScatter(comms, ID_COLUMNS + model_config.context_length + 1),
+        make_scatter(
+            comms,
+            ID_COLUMNS + model_config.context_length + 1,
+            config.train.batch_size,
+            in_memory=reduction.name == "shared",
+        ),
         Phases(comms.rank, comms.waiter),
         StopRequests(),
         Progress(),

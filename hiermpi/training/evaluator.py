@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from hiermpi.communication.communicators import Communicators
 from hiermpi.communication.reduction import allreduce_small
-from hiermpi.communication.scatter import BatchScatter
+from hiermpi.communication.scatter import Scatter
 from hiermpi.hierarchy.routing import even_leaves
 from hiermpi.model.contract import Model
 from hiermpi.training.batches import EvaluationSource
@@ -30,7 +30,7 @@ class Evaluator:
         self,
         model: Model,
         comms: Communicators,
-        scatter: BatchScatter,
+        scatter: Scatter,
         source: EvaluationSource | None,
         batch_size: int,
         stop_requested: Callable[[], bool] = lambda: False,

@@ -19,7 +19,7 @@ from hiermpi.communication.leaving import ErrorSink, set_error_sink
 from hiermpi.communication.objects import agree, broadcast_object, gather_objects
 from hiermpi.communication.owned import deal_out_owned, gather_owned
 from hiermpi.communication.reduction import Reduction, hand_down
-from hiermpi.communication.scatter import BatchScatter
+from hiermpi.communication.scatter import make_scatter
 from hiermpi.communication.waiting import Waiter
 from hiermpi.config.schema import Config, duration_seconds
 from hiermpi.data.rows import ID_COLUMNS
@@ -206,7 +206,12 @@ class Session:
         self.optimizer = make_optimizer(config, self.model, self.ownership, comms.rank)
         self._load_state()
         self._saved_step = start.step if start.step else -1
-        scatter = BatchScatter(comms, ID_COLUMNS + config.model.context_length + 1)
+        scatter = make_scatter(
+            comms,
+            ID_COLUMNS + config.model.context_length + 1,
+            max(config.train.batch_size, comms.topology.n_leaves),
+            in_memory=self.reduction.name == "shared",
+        )
         self.trainer = Trainer(
             config,
             comms,

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from hiermpi.communication.communicators import Communicators
 from hiermpi.communication.objects import gather_objects
 from hiermpi.communication.reduction import Reduction
-from hiermpi.communication.scatter import BatchScatter
+from hiermpi.communication.scatter import Scatter
 from hiermpi.config.schema import Config
 from hiermpi.data.rows import ID_COLUMNS, unpack_rows
 from hiermpi.errors import UserError
@@ -101,7 +101,7 @@ class Trainer:
         comms: Communicators,
         model: Model,
         reduction: Reduction,
-        scatter: BatchScatter,
+        scatter: Scatter,
         phases: Phases,
         stopping: StopRequests,
         progress: Progress,
