@@ -47,6 +47,8 @@ class Waiter:
         self.stall_abort = stall_abort
         self.seconds = 0.0
         """Wall time spent in waits so far."""
+        self.cpu_seconds = 0.0
+        """CPU that polling in them took."""
         self.phase = "start"
         """What the rank is doing, for messages."""
 
@@ -60,6 +62,7 @@ class Waiter:
         if MPI.Request.Testall(pending):
             return
         start = last = time.perf_counter()
+        cpu = time.process_time()
         pause = FIRST_SLEEP
         warned = False
         while True:
@@ -76,13 +79,13 @@ class Waiter:
             pause = min(GROWTH * pause, LONGEST_SLEEP)
             if now - start > 1.0:
                 warned = self._watch(now - start, warned)
-        self.seconds += time.perf_counter() - start
+        self._account(start, cpu)
 
     def wait_until(self, ready: Callable[[], bool]) -> None:
         """Return when ``ready`` says so: for words of shared memory, which other ranks write."""
         if ready():
             return
-        start = time.perf_counter()
+        start, cpu = time.perf_counter(), time.process_time()
         pause = FIRST_SLEEP
         warned = False
         while not ready():
@@ -94,13 +97,13 @@ class Waiter:
             pause = min(GROWTH * pause, LONGEST_SLEEP)
             if waited > 1.0:
                 warned = self._watch(waited, warned)
-        self.seconds += time.perf_counter() - start
+        self._account(start, cpu)
 
     def wait_asleep(self, passed: Callable[[float], bool]) -> None:
         """Return when ``passed`` says so, which sleeps for up to the seconds it is given, or until there is reason."""
         if passed(0.0):
             return
-        start = time.perf_counter()
+        start, cpu = time.perf_counter(), time.process_time()
         warned = False
         while True:
             waited = time.perf_counter() - start
@@ -111,7 +114,11 @@ class Waiter:
                 os.sched_yield()
             elif waited > 1.0:
                 warned = self._watch(waited, warned)
+        self._account(start, cpu)
+
+    def _account(self, start: float, cpu: float) -> None:
         self.seconds += time.perf_counter() - start
+        self.cpu_seconds += time.process_time() - cpu
 
     def _watch(self, waited: float, warned: bool) -> bool:
         if self.stall_abort and waited > self.stall_abort:

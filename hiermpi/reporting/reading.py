@@ -90,6 +90,8 @@ def read_run(path: Path) -> RunRecord:
         require(record, {"rank": int, "role": str, "host": str, "sequences": int, "phases": dict}, folder)
         record["waits"] = record.get("waits") or dict.fromkeys(record["phases"], 0.0)
         record["cpu"] = record.get("cpu") or dict.fromkeys(record["phases"], 0.0)
+        if not isinstance(record.get("waiting_cpu", 0.0), int | float):
+            raise UserError(f"{path}: ranks.jsonl has a record whose waiting_cpu is not a number: remove it")
         if not record["waits"].keys() == record["cpu"].keys() == record["phases"].keys():
             raise UserError(f"{path}: ranks.jsonl has a record with unequal phases: it was not made by hiermpi train")
     return RunRecord(path, read_config(path / "config.toml"), metrics, ranks, folder.is_done())

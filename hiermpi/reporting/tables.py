@@ -55,6 +55,10 @@ def machine_lines(records: Sequence[Record]) -> list[str]:
     use = core_use(records)
     if use is not None:
         lines.append(f"{'cores':{LABEL}}{use[0]:.0%} computing, {use[1]:.0%} busy, of {use[2]} on {hosts(records)}")
+    polling = sum(r.get("waiting_cpu") or 0.0 for r in records)
+    if use is not None and polling:
+        share = polling / (max(r["elapsed"] for r in records) * use[2])
+        lines.append(f"{'waiting takes':{LABEL}}{share:.1%} of them")
     ratio = root_to_worker(records)
     if ratio is not None:
         lines.append(f"{'root : worker':{LABEL}}1 : {ratio:.1f}   (CPU: root's coordinating to a worker's computing)")

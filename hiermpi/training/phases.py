@@ -24,6 +24,8 @@ class Phases:
         self.seconds = dict.fromkeys(PHASES, 0.0)
         self.waits = dict.fromkeys(PHASES, 0.0)
         self.cpu = dict.fromkeys(PHASES, 0.0)
+        self.waiting_cpu = 0.0
+        """CPU that the waits of all phases took."""
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
@@ -31,12 +33,14 @@ class Phases:
         self.waiter.phase = name
         self._trip(name)
         wall, waited, cpu = time.perf_counter(), self.waiter.seconds, time.process_time()
+        polled = self.waiter.cpu_seconds
         try:
             yield
         finally:
             self.seconds[name] += time.perf_counter() - wall
             self.waits[name] += self.waiter.seconds - waited
             self.cpu[name] += time.process_time() - cpu
+            self.waiting_cpu += self.waiter.cpu_seconds - polled
 
     def _trip(self, name: str) -> None:
         for fault in self.faults:

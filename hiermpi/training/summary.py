@@ -34,6 +34,7 @@ def gather_ranks(
         "tokens": trainer.tokens,
         "phases": {name: round(seconds, 6) for name, seconds in phases.seconds.items()},
         "waits": {name: round(seconds, 6) for name, seconds in phases.waits.items()},
+        "waiting_cpu": round(phases.waiting_cpu, 6),
         "cpu": {name: round(seconds, 6) for name, seconds in phases.cpu.items()},
     }
     if trainer.source is not None:
