@@ -74,6 +74,8 @@ class Optimizer:
         self._own = ownership.blocks_of(owner)
         self._bounds = np.stack([ownership.bounds[self._own], ownership.bounds[self._own + 1]], axis=1)
         self._classes = {int(index) for index in ownership.classes[self._own] if index >= 0}
+        self.rows = 0 if class_bounds is None else sum(int(np.diff(class_bounds)[index]) for index in self._classes)
+        """Rows of the token table that are owned."""
         self._first_of_class = {index: int(np.argmax(ownership.classes == index)) for index in self._classes}
         self._findings = np.zeros((2 if self._lattice else 1, len(ownership.owners)))
         self._sums = np.zeros(len(self._own))

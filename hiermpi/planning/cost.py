@@ -12,14 +12,12 @@ from math import ceil, log2
 from typing import Any, NamedTuple
 
 from hiermpi.config.schema import Config, ModelConfig
-from hiermpi.hierarchy.ownership import assign
-from hiermpi.hierarchy.symmetry import SymmetryTable, symmetry_groups
 from hiermpi.hierarchy.topology import Topology
 from hiermpi.model.parameters import ParameterLayout
 from hiermpi.model.transformer import flops_per_token, micro_batch_sequences, transformer_specs
 from hiermpi.optimizer.fixed_point import unit_sequences
-from hiermpi.optimizer.norm import norm_blocks
 from hiermpi.planning.memory import shares_memory
+from hiermpi.planning.owners import owned_elements, planned_ownership
 
 MOST_SEQUENCES = 4096
 """Per leaf, up to which thresholds are looked for."""
@@ -191,12 +189,8 @@ def _sum_seconds(
 
 def _largest_share(topology: Topology, config: Config, model: ModelConfig, layout: ParameterLayout) -> float:
     """The part of the vector that the owner of most owns."""
-    table = SymmetryTable(symmetry_groups(None, model.vocab_size, model.symmetry_order), model.symmetry_order)
-    ownership = assign(*norm_blocks(layout, table.class_bounds), topology, config.optimizer.placement)
-    owned = [0] * len(ownership.ranks)
-    for start, stop, owner in ownership.spans:
-        owned[owner] += stop - start
-    return max(owned) / layout.size
+    owned = owned_elements(planned_ownership(topology, config, model))
+    return max(owned.values()) / layout.size
 
 
 def fewest_tokens(

@@ -63,6 +63,7 @@ def figure_lines(planned: dict[str, Any]) -> list[str]:
         f"{'batch':{LABEL}}{planned['batch_size']} sequences, {planned['tokens_per_step']:,} tokens a step",
         f"{'sequences per leaf':{LABEL}}{spread}"
         + ("" if load["least"] else "  (some leaves have nothing to do: raise train.batch_size)"),
+        f"{'optimizer':{LABEL}}{owners_text(planned)}",
         f"{'memory per rank':{LABEL}}root {size(memory['root'])}"
         + (f", control {size(memory['control'])}" if planned["controls"] else "")
         + (f", worker {size(memory['worker'])}" if planned["workers"] else "")
@@ -83,6 +84,17 @@ def figure_lines(planned: dict[str, Any]) -> list[str]:
             up, down = moved[f"{name}_up"], moved[f"{name}_down"]
             lines.append(f"{'per step, ' + name:{LABEL}}{size(up)} up, {size(down)} down")
     return lines
+
+
+def owners_text(planned: dict[str, Any]) -> str:
+    """Who updates how many parameters."""
+    owned = [entry["owned_parameters"] for entry in planned["groups"]]
+    if not any(owned):
+        return "the root updates all parameters"
+    least, most = min(owned), max(owned)
+    each = f"{most:,}" if least == most else f"{least:,} to {most:,}"
+    root = f", the root {planned['root_owns']:,}" if planned["root_owns"] else ""
+    return f"each control rank updates {each} parameters, its classes' rows among them{root}"
 
 
 def prediction_lines(planned: dict[str, Any]) -> list[str]:

@@ -7,13 +7,11 @@ activations are counted from the shapes.
 from typing import NamedTuple
 
 from hiermpi.config.schema import Config, ModelConfig
-from hiermpi.hierarchy.ownership import assign
-from hiermpi.hierarchy.symmetry import SymmetryTable, symmetry_groups
 from hiermpi.hierarchy.topology import Topology
 from hiermpi.model.parameters import ParameterLayout
 from hiermpi.model.transformer import activation_bytes, micro_batch_sequences, transformer_specs
 from hiermpi.optimizer.fixed_point import unit_sequences
-from hiermpi.optimizer.norm import norm_blocks
+from hiermpi.planning.owners import owned_elements, planned_ownership
 
 PROCESS_BYTES = 27_200_000
 """What the interpreter, numpy and MPI of a rank have to themselves."""
@@ -48,11 +46,8 @@ def memory_of(topology: Topology, config: Config, model: ModelConfig, data_bytes
     """
     layout = ParameterLayout(transformer_specs(model))
     vector = 4 * layout.size
-    by_class = SymmetryTable(symmetry_groups(None, model.vocab_size, model.symmetry_order), model.symmetry_order)
-    ownership = assign(*norm_blocks(layout, by_class.class_bounds), topology, config.optimizer.placement)
-    owned = dict.fromkeys(range(topology.size), 0)
-    for start, stop, owner in ownership.spans:
-        owned[ownership.ranks[owner]] += 4 * (stop - start)
+    ownership = planned_ownership(topology, config, model)
+    owned = owned_elements(ownership)
     batch, leaves = config.train.batch_size, topology.n_leaves
     most = -(-batch // leaves)
     roots = max(0, batch - most * (leaves - 1)) if config.hierarchy.routing == "balanced" or leaves == 1 else 0
@@ -76,7 +71,7 @@ def memory_of(topology: Topology, config: Config, model: ModelConfig, data_bytes
         gradient_and_parameters = own + ((vector + sums) // neighbours if shared else vector)
         root = ROOT_BYTES + data_bytes if rank == 0 else 0
         leaf = activations[roots if rank == 0 else most] if topology.is_leaf(rank) else 0
-        moments = 2 * owned[rank]
+        moments = 8 * owned.get(rank, 0)
         return PROCESS_BYTES + LIBRARY_BYTES // neighbours + gradient_and_parameters + moments + leaf + root
 
     per_rank = [of(rank) for rank in range(topology.size)]

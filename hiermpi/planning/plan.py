@@ -8,6 +8,7 @@ from hiermpi.hierarchy.topology import Role, Topology
 from hiermpi.model.parameters import ParameterLayout
 from hiermpi.model.transformer import transformer_specs
 from hiermpi.planning.memory import memory_of, shares_memory
+from hiermpi.planning.owners import owned_elements, planned_ownership
 
 
 def plan(topology: Topology, config: Config, vocab_size: int, data_bytes: int = 0) -> dict[str, Any]:
@@ -24,6 +25,7 @@ def plan(topology: Topology, config: Config, vocab_size: int, data_bytes: int = 
     vector_bytes = 4 * ParameterLayout(specs).size
     n_leaves = topology.n_leaves
     roles = [topology.role(rank) for rank in range(topology.size)]
+    owned = owned_elements(planned_ownership(topology, config, model))
     memory = memory_of(topology, config, model, data_bytes)
     workers = [size for size, role in zip(memory.per_rank, roles, strict=True) if role is Role.WORKER]
     return {
@@ -41,10 +43,12 @@ def plan(topology: Topology, config: Config, vocab_size: int, data_bytes: int = 
                 "workers": list(members[1:]),
                 "leaves": [rank for rank in members if topology.is_leaf(rank)],
                 "classes": [c for c, group in enumerate(topology.group_of_class) if group == index],
+                "owned_parameters": owned.get(members[0], 0),
                 "nodes": sorted({topology.nodes[rank] for rank in members}),
             }
             for index, members in enumerate(topology.groups)
         ],
+        "root_owns": owned[0],
         "root_computes": topology.is_leaf(0),
         "parameters": sum(spec.size for spec in specs),
         "vocab_size": vocab_size,
