@@ -308,10 +308,28 @@ INLINE void NAME(pack)(float *out, const float *in, long stride, const float *bi
     memset(out + T * Dp, 0, 4 * (size_t)((Tp - T) * Dp));
 }
 
-INLINE void NAME(transpose)(float *out, const float *in, long Tp, long Dp) {
-    for (long t = 0; t < Tp; t += 16)
-        for (long d = 0; d < Dp; d++)
-            for (long i = 0; i < 16; i++) out[d * Tp + t + i] = in[(t + i) * Dp + d];
+/* out[c * ldo + r] = in[r * ldi + c] of a matrix of `rows` x `cols`, four by four */
+INLINE void NAME(transpose)(float *out, long ldo, const float *in, long ldi, long rows, long cols) {
+    long r = 0;
+    for (; r + 4 <= rows; r += 4) {
+        const float *p = in + r * ldi;
+        long c = 0;
+        for (; c + 4 <= cols; c += 4) {
+            vec4 x0 = *(const vecu4 *)(p + c), x1 = *(const vecu4 *)(p + ldi + c);
+            vec4 x2 = *(const vecu4 *)(p + 2 * ldi + c), x3 = *(const vecu4 *)(p + 3 * ldi + c);
+            vec4 y0 = __builtin_shuffle(x0, x1, (veci4){0, 4, 1, 5}), y1 = __builtin_shuffle(x2, x3, (veci4){0, 4, 1, 5});
+            vec4 y2 = __builtin_shuffle(x0, x1, (veci4){2, 6, 3, 7}), y3 = __builtin_shuffle(x2, x3, (veci4){2, 6, 3, 7});
+            float *to = out + c * ldo + r;
+            *(vecu4 *)to = __builtin_shuffle(y0, y1, (veci4){0, 1, 4, 5});
+            *(vecu4 *)(to + ldo) = __builtin_shuffle(y0, y1, (veci4){2, 3, 6, 7});
+            *(vecu4 *)(to + 2 * ldo) = __builtin_shuffle(y2, y3, (veci4){0, 1, 4, 5});
+            *(vecu4 *)(to + 3 * ldo) = __builtin_shuffle(y2, y3, (veci4){2, 3, 6, 7});
+        }
+        for (; c < cols; c++)
+            for (long i = 0; i < 4; i++) out[c * ldo + r + i] = p[i * ldi + c];
+    }
+    for (; r < rows; r++)
+        for (long c = 0; c < cols; c++) out[c * ldo + r] = in[r * ldi + c];
 }
 
 /* Softmax of s[0..i], zero beyond up to the end of its last stripe; in place. */
@@ -361,7 +379,7 @@ void NAME(attention_forward)(float *out, float *p, const float *qkv, const float
             NAME(pack)(q, base, 3 * C, bias + h * D, scale, T, Tp, D, Dp);
             NAME(pack)(k, base + C, 3 * C, bias + C + h * D, 1.0f, T, Tp, D, Dp);
             NAME(pack)(v, base + 2 * C, 3 * C, bias + 2 * C + h * D, 1.0f, T, Tp, D, Dp);
-            NAME(transpose)(kt, k, Tp, Dp);
+            NAME(transpose)(kt, Tp, k, Dp, Tp, Dp);
             float *o = k; /* k is done with */
             for (long i = 0; i < Tp; i += ROWS) {
                 const long end = (i + ROWS + 15) & ~15L;
@@ -397,7 +415,7 @@ void NAME(attention_backward)(float *dqkv, float *dbias, const float *dout, cons
             NAME(pack)(k, base + C, 3 * C, bias + C + h * D, 1.0f, T, Tp, D, Dp);
             NAME(pack)(v, base + 2 * C, 3 * C, bias + 2 * C + h * D, 1.0f, T, Tp, D, Dp);
             NAME(pack)(g, dout + b * T * C + h * D, C, NULL, 1.0f, T, Tp, D, Dp);
-            NAME(transpose)(vt, v, Tp, Dp);
+            NAME(transpose)(vt, Tp, v, Dp, Tp, Dp);
             for (long i = 0; i < Tp; i += ROWS) {
                 const long end = (i + ROWS + 15) & ~15L;
                 NAME(stripe)(ds + i * Tp, Tp, g + i * Dp, Dp, 1, vt, Tp, 0, D, end);

@@ -17,6 +17,8 @@ OWN_PRODUCTS = frozenset({"avx512"})
 """Levels at which the products of product.h are faster than OpenBLAS's: see hiermpi bench kernels."""
 PANEL_COLUMNS = 48
 """Columns of the widest panel in product.h."""
+PACKED_STRIDE = 512
+"""Of a transposed left matrix, in product.h: multiples of it are packed."""
 
 _TYPES: dict[str, Any] = {
     **{"p": ctypes.c_void_p, "l": ctypes.c_long, "u": ctypes.c_uint32},
@@ -76,9 +78,10 @@ class CompiledKernels:
             return
         rows, inner = a.shape
         columns = b.shape[1]
-        if self._panel.size < inner * PANEL_COLUMNS:
-            self._panel = aligned_empty(inner * PANEL_COLUMNS, np.float32)
         strides = (out.strides[0] >> 2, a.strides[0] >> 2, a.strides[1] >> 2, b.strides[0] >> 2, b.strides[1] >> 2)
+        scratch = inner * (PANEL_COLUMNS + (0 if strides[2] % PACKED_STRIDE else rows))
+        if self._panel.size < scratch:
+            self._panel = aligned_empty(scratch, np.float32)
         self._call["product"](at(out), at(a), at(b), at(self._panel), rows, columns, inner, *strides, add)
 
     def embed_forward(self, x: Array, inputs: NDArray[np.int32], wte: Array, wpe: Array) -> None:

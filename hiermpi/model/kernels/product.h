@@ -11,6 +11,7 @@
 
 #define PVECS 3
 #define PCOLS (W * PVECS)
+#define PACKED_STRIDE 512
 
 /* Rows r..r+rows of a panel's columns; `width` columns of c are stored. */
 INLINE void NAME(product_tile)(float *c, long ldc, const float *a, long ars, long aks, const float *panel, long K,
@@ -37,9 +38,13 @@ INLINE void NAME(product_tile)(float *c, long ldc, const float *a, long ars, lon
         }
 }
 
-INLINE void NAME(product_rows)(float *c, long ldc, const float *a, long ars, long aks, const float *panel, long M,
-                               long K, long width, long add, const int vecs) {
+/* packed: of a's rows, PROWS at a time, or NULL */
+INLINE void NAME(product_rows)(float *c, long ldc, const float *a, long ars, long aks, const float *packed,
+                               const float *panel, long M, long K, long width, long add, const int vecs) {
     long r = 0;
+    if (packed)
+        for (; r + PROWS <= M; r += PROWS)
+            NAME(product_tile)(c + r * ldc, ldc, packed + r * K, 1, PROWS, panel, K, width, add, PROWS, vecs);
     for (; r + PROWS <= M; r += PROWS)
         NAME(product_tile)(c + r * ldc, ldc, a + r * ars, ars, aks, panel, K, width, add, PROWS, vecs);
     for (; r + 2 <= M; r += 2)
@@ -54,43 +59,38 @@ INLINE void NAME(product_panel)(float *panel, const float *b, long bks, long bjs
         for (long k = 0; k < K; k++) memcpy(panel + k * cols, b + k * bks, 4 * (size_t)width);
         return;
     }
-    long j = 0;
-    for (; j + 4 <= width; j += 4) {
-        const float *p = b + j * bjs;
-        long k = 0;
-        for (; k + 4 <= K; k += 4) {
-            vec4 x0 = *(const vecu4 *)(p + k), x1 = *(const vecu4 *)(p + bjs + k);
-            vec4 x2 = *(const vecu4 *)(p + 2 * bjs + k), x3 = *(const vecu4 *)(p + 3 * bjs + k);
-            vec4 y0 = __builtin_shuffle(x0, x1, (veci4){0, 4, 1, 5}), y1 = __builtin_shuffle(x2, x3, (veci4){0, 4, 1, 5});
-            vec4 y2 = __builtin_shuffle(x0, x1, (veci4){2, 6, 3, 7}), y3 = __builtin_shuffle(x2, x3, (veci4){2, 6, 3, 7});
-            float *to = panel + k * cols + j;
-            *(vecu4 *)to = __builtin_shuffle(y0, y1, (veci4){0, 1, 4, 5});
-            *(vecu4 *)(to + cols) = __builtin_shuffle(y0, y1, (veci4){2, 3, 6, 7});
-            *(vecu4 *)(to + 2 * cols) = __builtin_shuffle(y2, y3, (veci4){0, 1, 4, 5});
-            *(vecu4 *)(to + 3 * cols) = __builtin_shuffle(y2, y3, (veci4){2, 3, 6, 7});
-        }
-        for (; k < K; k++)
-            for (long i = 0; i < 4; i++) panel[k * cols + j + i] = p[i * bjs + k];
-    }
-    for (; j < width; j++)
-        for (long k = 0; k < K; k++) panel[k * cols + j] = b[j * bjs + k];
+    NAME(transpose)(panel, cols, b, bjs, width, K);
 }
 
-/* scratch holds K * PCOLS floats */
+/* packed[r * K + k * PROWS + i] = a[r + i, k] for all full tiles of a transposed a whose stride is a multiple of 2 KB:
+ * read along k, it would fall into two sets of the cache. A cache line of a at a time. */
+INLINE void NAME(product_pack)(float *packed, const float *a, long aks, long M, long K) {
+    long r = 0;
+    for (; r + 16 <= M; r += 16)
+        for (long k = 0; k < K; k++)
+            for (long i = 0; i < 16; i += PROWS) memcpy(packed + (r + i) * K + k * PROWS, a + r + i + k * aks, 4 * PROWS);
+    for (; r + PROWS <= M; r += PROWS)
+        for (long k = 0; k < K; k++) memcpy(packed + r * K + k * PROWS, a + r + k * aks, 4 * PROWS);
+}
+
+/* scratch holds K * (PCOLS + M) floats, K * PCOLS where a is not packed */
 void NAME(product)(float *c, const float *a, const float *b, float *scratch, long M, long N, long K, long ldc, long ars,
                    long aks, long bks, long bjs, long add) {
+    float *packed = ars == 1 && aks % PACKED_STRIDE == 0 && N > PCOLS ? scratch + K * PCOLS : NULL;
+    if (packed) NAME(product_pack)(packed, a, aks, M, K);
     for (long j = 0; j < N; j += PCOLS) {
         const long width = N - j < PCOLS ? N - j : PCOLS;
         const long vecs = (width + W - 1) / W;
         NAME(product_panel)(scratch, b + j * bjs, bks, bjs, K, width, vecs * W);
         if (vecs == 3)
-            NAME(product_rows)(c + j, ldc, a, ars, aks, scratch, M, K, width, add, 3);
+            NAME(product_rows)(c + j, ldc, a, ars, aks, packed, scratch, M, K, width, add, 3);
         else if (vecs == 2)
-            NAME(product_rows)(c + j, ldc, a, ars, aks, scratch, M, K, width, add, 2);
+            NAME(product_rows)(c + j, ldc, a, ars, aks, packed, scratch, M, K, width, add, 2);
         else
-            NAME(product_rows)(c + j, ldc, a, ars, aks, scratch, M, K, width, add, 1);
+            NAME(product_rows)(c + j, ldc, a, ars, aks, packed, scratch, M, K, width, add, 1);
     }
 }
 
 #undef PVECS
 #undef PCOLS
+#undef PACKED_STRIDE
