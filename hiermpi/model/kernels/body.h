@@ -301,9 +301,19 @@ INLINE void NAME(stripe)(float *c, long ldc, const float *a, long ars, long aks,
 /* Copy D columns of T rows with a bias and a factor into rows of stride Dp, zero beyond, Tp rows in all. */
 INLINE void NAME(pack)(float *out, const float *in, long stride, const float *bias, float factor, long T, long Tp,
                        long D, long Dp) {
+    const long full = D & ~(W - 1L), rest = D - full;
     for (long t = 0; t < T; t++) {
-        for (long d = 0; d < D; d++) out[t * Dp + d] = (in[t * stride + d] + (bias ? bias[d] : 0.0f)) * factor;
-        for (long d = D; d < Dp; d++) out[t * Dp + d] = 0.0f;
+        const float *from = in + t * stride;
+        float *to = out + t * Dp;
+        for (long d = 0; d < full; d += W) {
+            VEC x = NAME(load)(from + d);
+            NAME(store)(to + d, (bias ? x + NAME(load)(bias + d) : x) * factor);
+        }
+        if (rest) {
+            VEC x = NAME(load_part)(from + full, rest);
+            NAME(store)(to + full, (bias ? x + NAME(load_part)(bias + full, rest) : x) * factor);
+        }
+        for (long d = full + (rest ? W : 0); d < Dp; d += W) NAME(store)(to + d, (VEC){0});
     }
     memset(out + T * Dp, 0, 4 * (size_t)((Tp - T) * Dp));
 }
@@ -440,12 +450,23 @@ void NAME(attention_backward)(float *dqkv, float *dbias, const float *dout, cons
             }
             for (long t = 0; t < T; t++) {
                 float *row = dqkv + (b * T + t) * 3 * C + h * D;
-                for (long d = 0; d < D; d++) {
-                    row[d] = dq[t * Dp + d] * scale;
-                    row[C + d] = dk[t * Dp + d];
-                    row[2 * C + d] = dv[t * Dp + d];
-                    dbias[h * D + d] += row[d];
-                    dbias[2 * C + h * D + d] += row[2 * C + d];
+                for (long d = 0; d < D; d += W) {
+                    const VEC x = NAME(load)(dq + t * Dp + d) * scale, y = NAME(load)(dv + t * Dp + d);
+                    const VEC z = NAME(load)(dk + t * Dp + d);
+                    float *to = row + d, *xs = dbias + h * D + d, *ys = xs + 2 * C;
+                    if (d + W <= D) {
+                        NAME(store)(to, x);
+                        NAME(store)(to + C, z);
+                        NAME(store)(to + 2 * C, y);
+                        NAME(store)(xs, NAME(load)(xs) + x);
+                        NAME(store)(ys, NAME(load)(ys) + y);
+                    } else {
+                        NAME(store_part)(to, x, D - d);
+                        NAME(store_part)(to + C, z, D - d);
+                        NAME(store_part)(to + 2 * C, y, D - d);
+                        NAME(store_part)(xs, NAME(load_part)(xs, D - d) + x, D - d);
+                        NAME(store_part)(ys, NAME(load_part)(ys, D - d) + y, D - d);
+                    }
                 }
             }
         }
