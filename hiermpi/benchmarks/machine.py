@@ -19,9 +19,12 @@ from hiermpi.model.contract import Batch
 from hiermpi.model.kernels import load_kernels
 from hiermpi.model.transformer import Transformer, flops_per_token, micro_batch_sequences
 from hiermpi.planning.cost import Line, Machine, predict
+from hiermpi.training.batches import BatchSource
 from hiermpi.training.trainer import Trainer
 
 TURNS = 5
+WARM_UP = 3
+MOST_STEPS = 40
 SECONDS = 4.0
 """Most of measuring steps, after the first."""
 COMPUTE_SECONDS = 0.3
@@ -136,28 +139,26 @@ def with_overheads(machine: Machine, config: Config, world: MPI.Comm, few: int, 
 
 
 def step_seconds(trainer: Trainer, comms: Communicators) -> list[float]:
-    """Of a few steps, after two to warm up. Collective over the hierarchy."""
-    seconds: list[float] = []
-    begun, go_on = time.perf_counter(), True
-    while go_on:
-        seconds.append(trainer.step().seconds)
-        enough = len(seconds) >= 2 + TURNS and time.perf_counter() - begun > 1.0
-        go_on = not (enough or (len(seconds) > 3 and time.perf_counter() - begun > SECONDS))
-        go_on = broadcast_object(comms.world, go_on, comms.waiter)
-    return seconds[2:]
+    """Of some steps, after a few to warm up. Collective over the hierarchy."""
+    warm = [trainer.step().seconds for _ in range(WARM_UP)]
+    count = max(TURNS, min(MOST_STEPS, int(SECONDS / warm[-1])))
+    count = broadcast_object(comms.world, count, comms.waiter)
+    return [trainer.step().seconds for _ in range(count)]
 
 
 def readings(machine: Machine, config: Config, trainer: Trainer, seconds: list[float], ranks: int) -> dict[str, Any]:
     """The fields of :class:`Machine` that steps of ``ranks`` ranks tell."""
-    phases, steps, topology = trainer.phases, len(seconds) + 2, trainer.comms.topology
+    phases, steps, topology = trainer.phases, len(seconds) + WARM_UP, trainer.comms.topology
     assert trainer.optimizer is not None
+    assert trainer.source is not None
+    fixed, each = batch_seconds(trainer.source)
     owned = sum(stop - start for start, stop, _ in trainer.optimizer.spans)
-    known: dict[str, Any] = {"batch_seconds": phases.cpu["batch"] / steps / config.train.batch_size}
+    known: dict[str, Any] = {"batch_seconds": each}
     if owned and ranks <= machine.cores:
         worked = phases.seconds["optimize"] - phases.waits["optimize"]
         known["optimize_seconds"] = worked / steps / owned
     if ranks == machine.ranks:
-        known["root_seconds"] = sum(phases.cpu[name] for name in COORDINATING) / steps
+        known["root_seconds"] = fixed + sum(phases.cpu[name] for name in COORDINATING) / steps
     predicted = predict(dataclasses.replace(machine, **known), topology, config, config.model)
     rest = max(statistics.median(seconds) - predicted.step_seconds, 0.0)
     if ranks > machine.cores:
@@ -167,3 +168,17 @@ def readings(machine: Machine, config: Config, trainer: Trainer, seconds: list[f
     return known
 
 
+def batch_seconds(source: BatchSource) -> tuple[float, float]:
+    """CPU seconds of preparing a batch: of any, and of each sequence in it."""
+    sizes, medians = (source.batch_size, 8 * source.batch_size), []
+    for index, size in enumerate(sizes):
+        source.batch_size = size
+        taken = []
+        for turn in range(TURNS):
+            start = time.process_time()
+            source.prepare((index * TURNS + turn + 1) * size)
+            taken.append(time.process_time() - start)
+        medians.append(statistics.median(taken))
+    source.batch_size = sizes[0]
+    each = max(medians[1] - medians[0], 0.0) / (sizes[1] - sizes[0])
+    return max(medians[0] - each * sizes[0], 0.0), each
