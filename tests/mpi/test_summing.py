@@ -11,7 +11,6 @@ from hiermpi.communication.waiting import Waiter
 
 
 @pytest.mark.mpi
-@pytest.mark.smoke
 @pytest.mark.parametrize("dtype", [np.float32, np.int64, np.float64])
 @pytest.mark.parametrize("roots", [1, 3])
 @pytest.mark.parametrize("lengths", [[], [1], [5, 1, 5, 3, 0, 2], [1000] * 40, [200_000] * 7])
