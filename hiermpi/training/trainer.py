@@ -127,8 +127,8 @@ class Trainer:
         self.reproducible = config.hierarchy.reproducible
         self.gradients = model.parameters.new_vector() if self.reproducible else self.sums
         """Of all this leaf's sequences, or of the unit in work."""
-        self._may_be_written = comms.topology.is_leaf(comms.rank) or not reduction.keeps_gradients
-        """Whether :attr:`gradients` may be anything but zero before a step: not where this rank only coordinates."""
+        self._only_coordinates = reduction.keeps_gradients and not comms.topology.is_leaf(comms.rank)
+        """Whether this rank never computes, and the sum passes its gradients by."""
         self.unit = unit_sequences(config)
         self._largest = largest_addend(-(-config.train.batch_size // self.unit))
         self.sequences = 0
@@ -178,6 +178,8 @@ class Trainer:
 
     def _compute(self, rows: NDArray[np.int32]) -> NDArray[np.float64]:
         """Put this leaf's gradient sums into :attr:`gradients`; return its part of the step's small sums."""
+        if self._only_coordinates:
+            return self._small_sums(0.0, 0, False)
         if self.reproducible:
             return self._compute_units(rows)
         loss, tokens = self._write_gradients(rows)
@@ -212,7 +214,7 @@ class Trainer:
         result = 0.0, 0
         if len(rows) and isinstance(self.model, WritingModel):
             result = self.model.write_gradients(batch, self.gradients)
-        elif self._may_be_written:
+        else:
             self.gradients[:] = 0
             if len(rows):
                 result = self.model.loss_and_gradients(batch, self.gradients)
