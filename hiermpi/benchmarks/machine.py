@@ -152,7 +152,7 @@ def readings(machine: Machine, config: Config, trainer: Trainer, seconds: list[f
     assert trainer.optimizer is not None
     assert trainer.source is not None
     fixed, each = batch_seconds(trainer.source)
-    owned = sum(stop - start for start, stop, _ in trainer.optimizer.spans)
+    owned = trainer.optimizer.elements
     known: dict[str, Any] = {"batch_seconds": each}
     if owned and ranks <= machine.cores:
         worked = phases.seconds["optimize"] - phases.waits["optimize"]

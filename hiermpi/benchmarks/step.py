@@ -29,10 +29,9 @@ from hiermpi.hierarchy.symmetry import symmetry_groups
 from hiermpi.model.kernels import Kernels, load_kernels
 from hiermpi.model.transformer import Transformer, flops_per_token
 from hiermpi.optimizer.fixed_point import routed_together, summed_type
-from hiermpi.optimizer.optimizer import OptimizerSettings
 from hiermpi.training.batches import BatchSource
 from hiermpi.training.phases import Phases
-from hiermpi.training.placement import make_optimizer, ownership_of
+from hiermpi.training.placement import make_optimizer, optimizer_settings, ownership_of
 from hiermpi.training.stopping import StopRequests
 from hiermpi.training.trainer import Progress, Trainer
 
@@ -74,7 +73,6 @@ def make_trainer(config: Config, comms: Communicators, kernels: Kernels) -> Trai
     if root:
         model.initialize(config.train.seed)
     reduction.share(model.parameters.vector)
-    settings = OptimizerSettings(config.optimizer, config.train.grad_clip, config.train.steps)
     source, optimizer = None, make_optimizer(config, model, ownership, comms.rank, kernels)
     if root:
         tokens = RandomTokens(model_config.vocab_size)
@@ -96,7 +94,7 @@ def make_trainer(config: Config, comms: Communicators, kernels: Kernels) -> Trai
         Phases(comms.rank, comms.waiter),
         StopRequests(),
         Progress(),
-        settings.learning_rate,
+        optimizer_settings(config).learning_rate,
         source,
         optimizer,
     )

@@ -94,7 +94,7 @@ def fastest(comms: Communicators, ownership: Ownership, dtype: DTypeLike) -> Cho
     candidates["flat"] = FlatReduction(comms, ownership, dtype)
     # One gradient vector serves all, and as their parameters too: only shared has its own.
     gradients = next(iter(candidates.values())).gradient_vector()
-    seconds = time_in_turns(comms, candidates, gradients) if comms.size > 1 else dict.fromkeys(candidates, 0.0)
+    seconds = time_in_turns(comms, candidates, gradients)
     name = preferred(seconds)
     gradients[:] = 0
     for other, reduction in candidates.items():

@@ -71,10 +71,6 @@ class Communicators:
         """The communicators this rank passes data down on, in order: control, then group."""
         return [comm for comm in (self.control, self.group) if comm != MPI.COMM_NULL]
 
-    def levels_up(self) -> list[MPI.Comm]:
-        """The communicators this rank passes sums up on, in order: group, then control."""
-        return self.levels_down()[::-1]
-
     def free(self) -> None:
         """Free every communicator made here."""
         for comm in (self.group, self.control, self.node, self.world):

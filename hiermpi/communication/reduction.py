@@ -10,7 +10,6 @@ division happens once, where the optimizer steps. A rank with no sequence takes 
 - ``flat``: one Allreduce over the world; the reference that every other form must equal.
 """
 
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Protocol
@@ -21,7 +20,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from hiermpi.communication.communicators import Communicators
 from hiermpi.communication.summing import spread_pieces, sum_pieces
-from hiermpi.communication.waiting import Waiter
+from hiermpi.communication.waiting import InFlight, Waiter
 from hiermpi.hierarchy.ownership import Ownership, Span
 from hiermpi.model.parameters import aligned_zeros
 
@@ -182,12 +181,10 @@ def chunked(waiter: Waiter, vector: NDArray, start: Callable[[NDArray], MPI.Requ
 
 def pipelined(waiter: Waiter, starts: Iterable[Callable[[], MPI.Request]]) -> None:
     """Do what all of ``starts`` start, a few at a time, in their order."""
-    flying: deque[MPI.Request] = deque()
+    flying = InFlight(waiter, CHUNKS_IN_FLIGHT)
     for start in starts:
-        if len(flying) == CHUNKS_IN_FLIGHT:
-            waiter.wait(flying.popleft())
-        flying.append(start())
-    waiter.wait_all(list(flying))
+        flying.start(start)
+    flying.finish()
 
 
 def span_chunks(vector: NDArray, spans: Iterable[Span]) -> Iterator[tuple[NDArray, int]]:

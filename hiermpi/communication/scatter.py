@@ -7,7 +7,7 @@ from mpi4py import MPI
 from numpy.typing import NDArray
 
 from hiermpi.communication.communicators import Communicators
-from hiermpi.communication.shared_memory import LINE, NodeBarrier, NodeMemory
+from hiermpi.communication.shared_memory import NodeBarrier, NodeMemory, whole_lines
 from hiermpi.hierarchy.topology import Role, Topology
 
 
@@ -55,8 +55,8 @@ class SharedScatter:
         self.comms = comms
         self.capacity = capacity
         node = comms.node
-        barrier_bytes = -(-NodeBarrier.nbytes(node.size) // LINE) * LINE
-        bounds_bytes = -(-8 * (node.size + 1) // LINE) * LINE
+        barrier_bytes = NodeBarrier.nbytes(node.size)
+        bounds_bytes = whole_lines(8 * (node.size + 1))
         memory = NodeMemory(node, barrier_bytes + 2 * (bounds_bytes + 4 * capacity * width), comms.waiter)
         self._barrier = NodeBarrier(memory, 0, node, comms.waiter)
         self._bounds = memory.array(barrier_bytes, (2, bounds_bytes // 8), np.int64)

@@ -29,6 +29,11 @@ ORDERED_STORES = ("x86_64", "AMD64", "i686")
 """Processors on which other cores see a core's stores in their order: the barrier that polls relies on it."""
 
 
+def whole_lines(nbytes: int) -> int:
+    """``nbytes`` rounded up to cache lines."""
+    return -(-nbytes // LINE) * LINE
+
+
 class NodeMemory:
     """Shared memory of ``nbytes``, zeroed. Collective over ``node``.
 
@@ -98,7 +103,7 @@ class NodeBarrier:
 
     @staticmethod
     def nbytes(size: int) -> int:
-        """Bytes needed for ``size`` ranks."""
+        """Bytes needed for ``size`` ranks, in whole cache lines."""
         return (size + WORD_LINES) * LINE + 2 * size * MAILBOX_DOUBLES * 8
 
     def wait(self) -> None:

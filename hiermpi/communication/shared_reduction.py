@@ -13,12 +13,11 @@ from numpy.typing import DTypeLike, NDArray
 
 from hiermpi.communication.communicators import Communicators
 from hiermpi.communication.reduction import broadcast_spans, exchange_on_control, reduce_spans
-from hiermpi.communication.shared_memory import LINE, NodeBarrier, NodeMemory
+from hiermpi.communication.shared_memory import NodeBarrier, NodeMemory, whole_lines
 from hiermpi.hierarchy.ownership import Ownership, lanes, node_sums, spans_of
 from hiermpi.model.kernels import load_kernels
 from hiermpi.model.parameters import lazy_zeros
 
-SLICE_UNIT = LINE // 4
 EXCHANGED_ROWS = 2
 
 
@@ -54,14 +53,13 @@ class SharedReduction:
         """Whether every owner sums what it owns, so that it need not wait for others' sums."""
         number = ownership.number(comms.rank)
         self._blocks = np.empty(0, np.int64) if number is None else ownership.blocks_of(number)
-        stride = -(-size // SLICE_UNIT) * SLICE_UNIT
+        stride = whole_lines(4 * size) // 4
         width, n_blocks = np.dtype(dtype).itemsize, len(ownership.owners)
-        barrier_bytes = -(-NodeBarrier.nbytes(node.size) // LINE) * LINE
-        exchanged_bytes = -(-8 * EXCHANGED_ROWS * n_blocks // LINE) * LINE
+        barrier_bytes = NodeBarrier.nbytes(node.size)
+        exchanged_bytes = whole_lines(8 * EXCHANGED_ROWS * n_blocks)
         parameters_at = barrier_bytes + exchanged_bytes
         sums_at = parameters_at + 4 * stride
-        here = [rank for rank in range(comms.size) if topology.nodes[rank] == topology.nodes[comms.rank]]
-        leaves = [rank for rank in here if topology.is_leaf(rank)]
+        leaves = [rank for rank in topology.ranks_of_node[topology.nodes[comms.rank]] if topology.is_leaf(rank)]
         n_buffers = max(len(leaves), 1)  # where nobody computes, zeros
         memory = NodeMemory(node, sums_at + width * stride * (n_buffers + 1), comms.waiter)
         self._barrier = NodeBarrier(memory, 0, node, comms.waiter)

@@ -8,6 +8,7 @@ somebody polls, so whenever a request completes the next ones are polled for wit
 import logging
 import os
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 
 from mpi4py import MPI
@@ -41,7 +42,6 @@ class Waiter:
     """
 
     def __init__(self, oversubscribed: bool = True, stall_warn: float = 0.0, stall_abort: float = 0.0) -> None:
-        self.oversubscribed = oversubscribed
         self.spin_seconds = OVERSUBSCRIBED_SPIN_SECONDS if oversubscribed else SPIN_SECONDS
         self.stall_warn = stall_warn
         self.stall_abort = stall_abort
@@ -129,3 +129,27 @@ class Waiter:
             logger.warning("has waited %.0f s for other ranks in phase %s", waited, self.phase)
             return True
         return warned
+
+
+class InFlight:
+    """At most so many requests under way; the oldest is waited for first.
+
+    Args:
+        waiter: for the waits.
+        most: requests.
+    """
+
+    def __init__(self, waiter: Waiter, most: int) -> None:
+        self._waiter = waiter
+        self._most = most
+        self._requests: deque[MPI.Request] = deque()
+
+    def start(self, start: Callable[[], MPI.Request]) -> None:
+        """Start one more, when there is room."""
+        if len(self._requests) == self._most:
+            self._waiter.wait(self._requests.popleft())
+        self._requests.append(start())
+
+    def finish(self) -> None:
+        """Return when all are complete."""
+        self._waiter.wait_all(list(self._requests))

@@ -141,7 +141,7 @@ def node_sums(ownership: Ownership, topology: Topology, node: int) -> NDArray[np
     Owners of table rows sum those themselves; everything else is dealt out among all ranks there but a root that
     only coordinates.
     """
-    here = [rank for rank in range(topology.size) if topology.nodes[rank] == node]
+    here = topology.ranks_of_node[node]
     place = {rank: index for index, rank in enumerate(here)}
     places = np.array([place.get(rank, FREE) for rank in ownership.ranks])
     owner_here = places[ownership.owners]
@@ -156,13 +156,11 @@ def lanes(ownership: Ownership, topology: Topology) -> list[list[Span]]:
     The ranks at place k of every node carry part k between the nodes: gradient sums to the node of their owner,
     parameters from there.
     """
-    counts = np.bincount(topology.nodes)
     node_of = np.array([topology.nodes[rank] for rank in ownership.ranks])[ownership.owners]
     sizes = np.diff(ownership.bounds)
     lane = np.empty(len(sizes), np.int64)
-    n_lanes = int(counts.min())
+    n_lanes = min(len(ranks) for ranks in topology.ranks_of_node)
     for node in np.unique(node_of):
         blocks = np.flatnonzero(node_of == node)
         lane[blocks] = dealt_out(sizes[blocks], np.full(len(blocks), FREE), range(n_lanes))
     return [spans_of(ownership.bounds, np.where(lane == k, node_of, FREE)) for k in range(n_lanes)]
-

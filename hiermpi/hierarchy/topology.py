@@ -96,10 +96,18 @@ class Topology:
         """Number of nodes."""
         return max(self.nodes) + 1
 
+    @cached_property
+    def ranks_of_node(self) -> tuple[tuple[int, ...], ...]:
+        """The ranks of each node."""
+        found: list[list[int]] = [[] for _ in range(self.n_nodes)]
+        for rank, node in enumerate(self.nodes):
+            found[node].append(rank)
+        return tuple(tuple(ranks) for ranks in found)
+
     @property
     def layout(self) -> str:
         """Ranks, and ranks of each node: what a choice by time depends on."""
-        counts = np.bincount(self.nodes).tolist()
+        counts = [len(ranks) for ranks in self.ranks_of_node]
         each = str(counts[0]) if len(set(counts)) == 1 else ",".join(map(str, counts))
         return f"{self.size} ranks, {each} a node"
 

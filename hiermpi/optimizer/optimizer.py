@@ -69,6 +69,8 @@ class Optimizer:
         self.count = 0
         """Updates applied so far, Adam's t."""
         self.coupling = coupling
+        self.elements = sum(stop - start for start, stop, _ in self.spans)
+        """Elements of the vector that are owned."""
         self._lattice = Lattice(class_bounds) if coupling and class_bounds is not None else None
         self._table = next((spec.name for spec in parameters.specs if spec.symmetry_rows), None)
         self._own = ownership.blocks_of(owner)

@@ -122,12 +122,8 @@ def predict(machine: Machine, topology: Topology, config: Config, model: ModelCo
     """
     layout = ParameterLayout(transformer_specs(model))
     batch, leaves, cores = config.train.batch_size, topology.n_leaves, machine.cores
-    on_node = [0] * topology.n_nodes
-    leaves_on = [0] * topology.n_nodes
-    for rank, node in enumerate(topology.nodes):
-        on_node[node] += 1
-        leaves_on[node] += topology.is_leaf(rank)
-    ranks, computing = max(on_node), max(leaves_on)
+    nodes = topology.ranks_of_node
+    ranks, computing = max(map(len, nodes)), max(sum(map(topology.is_leaf, node)) for node in nodes)
     crowded = ranks > cores
     busy = min(leaves, batch)
     alone = _leaf_seconds(machine, config, model, batch / busy)
@@ -144,7 +140,7 @@ def predict(machine: Machine, topology: Topology, config: Config, model: ModelCo
     spread = max(share, 1 / min(cores, ranks)) if share < 1 else 1.0
     optimize = machine.optimize_seconds * layout.size * spread
     step = compute + reduce + optimize + overhead
-    used = sum(min(cores, n) for n in on_node)
+    used = sum(min(cores, len(node)) for node in nodes)
     root = preparing + machine.root_seconds + (machine.optimize_seconds * layout.size if share == 1 else 0.0)
     return Prediction(
         step,

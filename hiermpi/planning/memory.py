@@ -57,13 +57,10 @@ def memory_of(topology: Topology, config: Config, model: ModelConfig, data_bytes
         n: activations_of(model, min(n, micro_batch_sequences(model, config.train.micro_batch_size)))
         for n in {0, most, roots}
     }
-    on_node = [0] * topology.n_nodes
-    for node in topology.nodes:
-        on_node[node] += 1
     shared = shares_memory(topology, config)
 
     def of(rank: int) -> int:
-        neighbours = on_node[topology.nodes[rank]]
+        neighbours = len(topology.ranks_of_node[topology.nodes[rank]])
         # Shared: one copy of the parameters and one of the sum for all ranks of the node. Sums in fixed point are
         # twice as long, and the gradient of a unit stands beside them.
         sums, unit = (2 * vector, vector) if config.hierarchy.reproducible else (vector, 0)

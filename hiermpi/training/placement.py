@@ -21,6 +21,11 @@ def ownership_of(config: Config, topology: Topology, groups: NDArray[np.uint8]) 
     return assign(*norm_blocks(layout, class_bounds), topology, config.optimizer.placement)
 
 
+def optimizer_settings(config: Config) -> OptimizerSettings:
+    """What updates need to know of ``config``."""
+    return OptimizerSettings(config.optimizer, config.train.grad_clip, config.train.steps)
+
+
 def make_optimizer(
     config: Config, model: Transformer, ownership: Ownership, rank: int, kernels: Kernels | None = None
 ) -> Optimizer | None:
@@ -30,7 +35,7 @@ def make_optimizer(
         return None
     return Optimizer(
         model.parameters,
-        OptimizerSettings(config.optimizer, config.train.grad_clip, config.train.steps),
+        optimizer_settings(config),
         ownership,
         number,
         model.symmetry.class_bounds,

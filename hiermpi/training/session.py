@@ -31,13 +31,12 @@ from hiermpi.model.kernels import load_kernels
 from hiermpi.model.parameters import lazy_zeros
 from hiermpi.model.transformer import Transformer
 from hiermpi.optimizer.fixed_point import differing, routed_together, summed_type
-from hiermpi.optimizer.optimizer import OptimizerSettings
 from hiermpi.training.batches import BatchSource, EvaluationSource
 from hiermpi.training.evaluation import Evaluation
 from hiermpi.training.evaluator import Evaluator
 from hiermpi.training.faults import Fault, parse_faults
 from hiermpi.training.phases import Phases
-from hiermpi.training.placement import make_optimizer, ownership_of
+from hiermpi.training.placement import make_optimizer, optimizer_settings, ownership_of
 from hiermpi.training.stopping import StopRequests
 from hiermpi.training.summary import gather_ranks
 from hiermpi.training.trainer import Progress, Trainer
@@ -202,7 +201,6 @@ class Session:
         self.progress = Progress(start.step, start.cursor, start.skipped)
         self.stopping = self._stop_requests()
         self.model = self._model()
-        self.settings = OptimizerSettings(config.optimizer, config.train.grad_clip, config.train.steps)
         self.optimizer = make_optimizer(config, self.model, self.ownership, comms.rank)
         self._load_state()
         self._saved_step = start.step if start.step else -1
@@ -221,7 +219,7 @@ class Session:
             self.phases,
             self.stopping,
             self.progress,
-            self.settings.learning_rate,
+            optimizer_settings(config).learning_rate,
             self._source(),
             self.optimizer,
         )

@@ -33,7 +33,7 @@ def gather_ranks(
         "sequences": trainer.sequences,
         "tokens": trainer.tokens,
         "owned_rows": trainer.optimizer.rows if trainer.optimizer else 0,
-        "owned_parameters": sum(stop - start for start, stop, _ in trainer.optimizer.spans) if trainer.optimizer else 0,
+        "owned_parameters": trainer.optimizer.elements if trainer.optimizer else 0,
         "phases": {name: round(seconds, 6) for name, seconds in phases.seconds.items()},
         "waits": {name: round(seconds, 6) for name, seconds in phases.waits.items()},
         "waiting_cpu": round(phases.waiting_cpu, 6),
