@@ -76,11 +76,14 @@ def calls_of(kernels: Kernels, shape: tuple[int, int, int, int]) -> dict[str, Ca
         )
 
     square, product = some(channels, 4 * channels), np.empty((rows, 4 * channels), np.float32)
+    up = np.ascontiguousarray(square.T)
     turned, gradient = np.empty((rows, channels), np.float32), np.empty((channels, 4 * channels), np.float32)
     return {
         "product": lambda: kernels.product(product, x, square),
         "product_input_gradient": lambda: kernels.product(turned, wide, square.T),
         "product_weight_gradient": lambda: kernels.product(gradient, x.T, wide, True),
+        "product_gelu": lambda: kernels.product_gelu(active, product, x, square, wide_bias),
+        "product_slope": lambda: kernels.product_slope(active, wide_bias, x, up, product),
         "embed_forward": lambda: kernels.embed_forward(out, inputs, table, positions),
         "embed_backward": lambda: kernels.embed_backward(table, positions, x, inputs),
         "norm_forward": lambda: kernels.norm_forward(out, mean, rstd, x, weight, bias),

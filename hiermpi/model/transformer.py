@@ -78,8 +78,8 @@ def workspace_shapes(config: ModelConfig, sequences: int) -> dict[str, tuple[int
         "qkv": (layers, rows, 3 * width),
         "p": (layers, sequences, heads, padded(length), padded(length)),
         "heads": (layers, rows, width),
-        "hidden": (layers, rows, 4 * width),
         "active": (layers, rows, 4 * width),
+        "slope": (layers, rows, 4 * width),  # of GELU, where it was applied
         "branch": (rows, width),
         "wide": (rows, 4 * width),
         "dx": (rows, width),
@@ -270,8 +270,8 @@ class Transformer:
             after = (norm2[i], mean[2 * i + 1], rstd[2 * i + 1])
             bias = keys.drop_branch(kernels, branch, p["attn.c_proj.bias"], site + 1)
             kernels.residual_norm_forward(middle[i], *after, x[i], branch, bias, p["ln_2.weight"], p["ln_2.bias"])
-            kernels.product(buffers["hidden"][i], norm2[i], p["mlp.c_fc.weight"])
-            kernels.gelu_forward(buffers["active"][i], buffers["hidden"][i], p["mlp.c_fc.bias"])
+            up = (p["mlp.c_fc.weight"], p["mlp.c_fc.bias"])
+            kernels.product_gelu(buffers["active"][i], buffers["slope"][i], norm2[i], *up)
             kernels.product(branch, buffers["active"][i], p["mlp.c_proj.weight"])
             after = (norm1[i + 1], mean[2 * i + 2], rstd[2 * i + 2])
             bias = keys.drop_branch(kernels, branch, p["mlp.c_proj.bias"], site + 2)
@@ -316,8 +316,8 @@ class Transformer:
             site = 1 + 3 * i
             dy = keys.drop_gradient(kernels, dx, buffers["dropped"], grads[block + "mlp.c_proj.bias"], site + 2)
             gradients.add_product(kernels, block + "mlp.c_proj.weight", buffers["active"][i].T, dy)
-            kernels.product(wide, dy, p["mlp.c_proj.weight"].T)
-            kernels.gelu_backward(wide, grads[block + "mlp.c_fc.bias"], buffers["hidden"][i])
+            down = p["mlp.c_proj.weight"]
+            kernels.product_slope(wide, grads[block + "mlp.c_fc.bias"], dy, down, buffers["slope"][i])
             gradients.add_product(kernels, block + "mlp.c_fc.weight", norm2[i].T, wide)
             kernels.product(branch, wide, p["mlp.c_fc.weight"].T)
             norm_backward(block + "ln_2", 2 * i + 1, block + "attn.c_proj", middle[i], False)

@@ -59,6 +59,20 @@ def test_product(kernels, sizes, own, add, monkeypatch):
         agree(kernels, [normal(2, rows, columns), a, b], call)
 
 
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize(
+    "sizes", [(1, 1, 1), (3, 5, 2), (8, 48, 7), (9, 49, 17), (17, 95, 33), (7, 15, 64), (33, 130, 5), (2, 1, 300)]
+)
+def test_products_with_gelu(kernels, sizes, own, monkeypatch):
+    monkeypatch.setattr(kernels, "own_products", own)
+    rows, columns, inner = sizes
+    blank, a, b = np.zeros((rows, columns)), normal(0, rows, inner), normal(1, inner, columns)
+    forward = [blank, blank, a, b, normal(2, columns)]
+    agree(kernels, forward, lambda k, *arrays: k.product_gelu(*arrays))
+    backward = [blank, normal(2, columns), a, np.ascontiguousarray(b.T), normal(3, rows, columns)]
+    agree(kernels, backward, lambda k, *arrays: k.product_slope(*arrays))
+
+
 def test_product_writes_nothing_beside_its_place(kernels, monkeypatch):
     monkeypatch.setattr(kernels, "own_products", True)
     whole = np.full((9, 60), 7.0, np.float32)
@@ -79,6 +93,13 @@ def test_an_element_of_a_product_does_not_depend_on_its_place(kernels, monkeypat
         part = np.empty(whole[rows, columns].shape, np.float32)
         kernels.product(part, np.ascontiguousarray(a[rows]), np.ascontiguousarray(b[:, columns]))
         np.testing.assert_array_equal(part, whole[rows, columns])
+    bias, slope = normal(2, 70).astype(np.float32), np.empty_like(whole)
+    kernels.product_gelu(whole, slope, a, b, bias)
+    for row in (0, 7, 17, 19):
+        alone, alone_slope = np.empty((1, 70), np.float32), np.empty((1, 70), np.float32)
+        kernels.product_gelu(alone, alone_slope, np.ascontiguousarray(a[row : row + 1]), b, bias)
+        np.testing.assert_array_equal(alone[0], whole[row])
+        np.testing.assert_array_equal(alone_slope[0], slope[row])
 
 
 @pytest.mark.parametrize("shape", ROWS)
@@ -187,7 +208,7 @@ def test_adamw_and_sums(kernels, size):
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 @pytest.mark.parametrize("place", [0, 15, 16, 20])
-def test_what_is_not_finite_stays_so(kernels, bad, place):
+def test_what_is_not_finite_stays_so(kernels, bad, place, monkeypatch):
     x, one = normal(0, 3, 21).astype(np.float32), np.ones(21, np.float32)
     x[1, place] = bad
     out, mean, rstd = np.zeros_like(x), np.zeros(3, np.float32), np.zeros(3, np.float32)
@@ -203,6 +224,13 @@ def test_what_is_not_finite_stays_so(kernels, bad, place):
     with np.errstate(invalid="ignore"):
         kernels.product(out, x, x.T)
     assert not np.isfinite(out[1]).all()
+    for own in {False, kernels.name == "avx512"}:
+        monkeypatch.setattr(kernels, "own_products", own)
+        with np.errstate(invalid="ignore"):
+            kernels.product_gelu(out, slope := np.zeros_like(out), x, np.ascontiguousarray(x.T), one[:3])
+            kernels.product_slope(grown := np.zeros_like(out), np.zeros(3, np.float32), x, x.copy(), slope)
+        assert not np.isfinite(out[1]).all()
+        assert not np.isfinite(grown[1]).all()
     sums = np.zeros(1)
     block_sums(x.reshape(-1), np.array([[0, x.size]], np.int64), sums, kernels)
     assert not np.isfinite(sums[0])

@@ -142,27 +142,26 @@ def test_column_sums():
 
 
 def gelu(h, bias):
-    kept, out = h.copy(), np.empty_like(h)
-    LAYERS.gelu_forward(out, kept, bias)
-    return out, kept
+    slope, out = h.copy(), np.empty_like(h)
+    LAYERS.gelu_forward(out, slope, bias)
+    return out, slope
 
 
 @pytest.mark.parametrize("shape", ROW_SHAPES)
 def test_gelu_forward(shape):
     h, bias = 3 * normal(0, *shape), normal(1, shape[1])
-    out, kept = gelu(h, bias)
+    out, _ = gelu(h, bias)
     for n, c in np.ndindex(shape):
         x = h[n, c] + bias[c]
-        close(kept[n, c], x)
         close(out[n, c], 0.5 * x * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 * x**3))))
 
 
 @pytest.mark.parametrize("shape", ROW_SHAPES)
 def test_gelu_backward(shape):
     h, bias, dout = 3 * normal(0, *shape), normal(1, shape[1]), normal(2, *shape)
-    _, kept = gelu(h, bias)
+    _, slope = gelu(h, bias)
     dh, dbias = dout.copy(), np.full(shape[1], 2.0)
-    LAYERS.gelu_backward(dh, dbias, kept)
+    LAYERS.gelu_backward(dh, dbias, slope)
 
     def scalar():
         return (gelu(h, bias)[0] * dout).sum()
@@ -173,11 +172,27 @@ def test_gelu_backward(shape):
 
 def test_gelu_far_out_is_the_identity_or_zero():
     h = np.array([[40.0, -40.0]])
-    out, kept = gelu(h, np.zeros(2))
+    out, slope = gelu(h, np.zeros(2))
     np.testing.assert_array_equal(out, [[40.0, 0.0]])
     dh = np.ones((1, 2))
-    LAYERS.gelu_backward(dh, np.zeros(2), kept)
+    LAYERS.gelu_backward(dh, np.zeros(2), slope)
     np.testing.assert_array_equal(dh, [[1.0, 0.0]])
+
+
+@pytest.mark.parametrize("shape", ROW_SHAPES)
+def test_products_with_gelu_are_the_two_one_after_the_other(shape):
+    rows, columns = shape
+    a, b, bias = normal(0, rows, 5), normal(1, 5, columns), normal(2, columns)
+    out, slope = np.empty(shape), np.empty(shape)
+    LAYERS.product_gelu(out, slope, a, b, bias)
+    expected = gelu(a @ b, bias)
+    close(out, expected[0])
+    close(slope, expected[1])
+    dh, dbias = np.empty((rows, 5)), np.full(5, 2.0)
+    grown, kept = normal(3, rows, columns), normal(4, rows, 5)
+    LAYERS.product_slope(dh, dbias, grown, b, kept)
+    close(dh, grown @ b.T * kept)
+    close(dbias, 2.0 + dh.sum(axis=0))
 
 
 # Dropout.

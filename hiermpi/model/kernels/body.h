@@ -11,12 +11,18 @@
 
 INLINE VEC NAME(load)(const float *p) { return *(const VECU *)p; }
 INLINE void NAME(store)(float *p, VEC x) { *(VECU *)p = x; }
+/* The first n < W elements, zero beyond */
+#if W == 16
+INLINE VEC NAME(load_part)(const float *p, long n) { return _mm512_maskz_loadu_ps((__mmask16)((1u << n) - 1), p); }
+INLINE void NAME(store_part)(float *p, VEC x, long n) { _mm512_mask_storeu_ps(p, (__mmask16)((1u << n) - 1), x); }
+#else
 INLINE VEC NAME(load_part)(const float *p, long n) {
     VEC x = {0};
-    memcpy(&x, p, 4 * (size_t)n);
+    memcpy(&x, p, 4 * (size_t)(n & (W - 1)));
     return x;
 }
-INLINE void NAME(store_part)(float *p, VEC x, long n) { memcpy(p, &x, 4 * (size_t)n); }
+INLINE void NAME(store_part)(float *p, VEC x, long n) { memcpy(p, &x, 4 * (size_t)(n & (W - 1))); }
+#endif
 INLINE VEC NAME(splat)(float x) { return x - (VEC){0}; }
 INLINE VEC NAME(choose)(VECI mask, VEC yes, VEC no) { return (VEC)((mask & (VECI)yes) | (~mask & (VECI)no)); }
 INLINE VEC NAME(larger)(VEC a, VEC b) { return NAME(choose)(a > b, a, b); }
@@ -61,10 +67,15 @@ INLINE float NAME(largest)(VEC x) {
  * clamped to the range of normal numbers. */
 INLINE VEC NAME(vexp)(VEC x) {
     const VEC low = NAME(splat)(-87.33654f), high = NAME(splat)(88.37626f);
+#if W == 16
+    x = _mm512_min_ps(high, _mm512_max_ps(low, x)); /* of a NaN, the second operand */
+    VEC n = _mm512_roundscale_ps(x * 1.44269504f, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
     x = NAME(choose)(x < low, low, x);
     x = NAME(choose)(x > high, high, x);
     const VEC magic = NAME(splat)(12582912.0f);
     VEC n = (x * 1.44269504f + magic) - magic;
+#endif
     VEC r = x - n * 0.693359375f;
     r = r - n * -2.12194440e-4f;
     VEC p = NAME(splat)(1.9875691500e-4f);
@@ -74,8 +85,22 @@ INLINE VEC NAME(vexp)(VEC x) {
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     p = p * (r * r) + r + 1.0f;
+#if W == 16
+    return _mm512_scalef_ps(p, n);
+#else
     VECI power = (__builtin_convertvector(n, VECI) + 127) << 23;
     return p * (VEC)power;
+#endif
+}
+
+/* 1 / x for 1 <= x < 2^127 and NaN, within an ulp or two */
+INLINE VEC NAME(inverse)(VEC x) {
+#if W == 16
+    VEC y = _mm512_rcp14_ps(x);
+    return y * (2.0f - x * y);
+#else
+    return 1.0f / x;
+#endif
 }
 
 /* The 32 bits of element i under a 64-bit key (see ../dropout.py, which is the specification). */
@@ -225,51 +250,41 @@ void NAME(column_sums)(float *db, const float *dy, long N, long C) {
         for (long c = 0; c < C; c++) db[c] += dy[n * C + c];
 }
 
-/* h += bias; out = gelu(h), the tanh form, as h * sigmoid(2 u) with u = sqrt(2/pi) (h + 0.044715 h^3) */
-INLINE VEC NAME(gelu_gate)(VEC h) {
-    VEC u2 = h * (1.5957691216f + 0.0713548163f * (h * h));
-    return 1.0f / (1.0f + NAME(vexp)(-u2));
+/* gelu(h), the tanh form, as h * sigmoid(2 u) with u = sqrt(2/pi) (h + 0.044715 h^3); *slope = gelu'(h) */
+INLINE VEC NAME(gelu)(VEC h, VEC *slope) {
+    const VEC square = h * h;
+    const VEC s = NAME(inverse)(1.0f + NAME(vexp)(h * (-1.5957691216f - 0.0713548163f * square)));
+    const VEC active = h * s;
+    *slope = s + active * (1.0f - s) * (1.5957691216f + 0.2140644489f * square);
+    return active;
 }
 
+/* out = gelu(h + bias); h becomes gelu'(h + bias) */
 void NAME(gelu_forward)(float *out, float *h, const float *bias, long N, long C) {
     const long full = C & ~(W - 1L), rest = C - full;
+    VEC slope;
     for (long n = 0; n < N; n++) {
         float *row = h + n * C, *o = out + n * C;
         for (long c = 0; c < full; c += W) {
-            VEC x = NAME(load)(row + c) + NAME(load)(bias + c);
-            NAME(store)(row + c, x);
-            NAME(store)(o + c, x * NAME(gelu_gate)(x));
+            NAME(store)(o + c, NAME(gelu)(NAME(load)(row + c) + NAME(load)(bias + c), &slope));
+            NAME(store)(row + c, slope);
         }
         if (rest) {
-            VEC x = NAME(load_part)(row + full, rest) + NAME(load_part)(bias + full, rest);
-            NAME(store_part)(row + full, x, rest);
-            NAME(store_part)(o + full, x * NAME(gelu_gate)(x), rest);
+            const VEC x = NAME(load_part)(row + full, rest) + NAME(load_part)(bias + full, rest);
+            NAME(store_part)(o + full, NAME(gelu)(x, &slope), rest);
+            NAME(store_part)(row + full, slope, rest);
         }
     }
 }
 
-INLINE VEC NAME(gelu_slope)(VEC x) {
-    VEC s = NAME(gelu_gate)(x);
-    return s + x * s * (1.0f - s) * (1.5957691216f + 0.2140644489f * (x * x));
-}
-
-/* dh *= gelu'(h), in place of the gradient of the output; dbias += column sums of the result */
-void NAME(gelu_backward)(float *dh, float *dbias, const float *h, long N, long C) {
-    const long full = C & ~(W - 1L), rest = C - full;
-    for (long n = 0; n < N; n++) {
-        float *d = dh + n * C;
-        const float *row = h + n * C;
-        for (long c = 0; c < full; c += W) {
-            VEC g = NAME(load)(d + c) * NAME(gelu_slope)(NAME(load)(row + c));
-            NAME(store)(d + c, g);
-            NAME(store)(dbias + c, NAME(load)(dbias + c) + g);
+/* dh *= slope, in place of the gradient of the output; dbias += column sums of the result */
+void NAME(gelu_backward)(float *dh, float *dbias, const float *slope, long N, long C) {
+    for (long n = 0; n < N; n++)
+        for (long c = 0; c < C; c++) {
+            const float g = dh[n * C + c] * slope[n * C + c];
+            dh[n * C + c] = g;
+            dbias[c] += g;
         }
-        if (rest) {
-            VEC g = NAME(load_part)(d + full, rest) * NAME(gelu_slope)(NAME(load_part)(row + full, rest));
-            NAME(store_part)(d + full, g, rest);
-            NAME(store_part)(dbias + full, NAME(load_part)(dbias + full, rest) + g, rest);
-        }
-    }
 }
 
 /* ROWS x (W * VECS) of c = sum over k0 <= k < k1 of a[r * ars + k * aks] * b[k * ldb + :], the heart of attention */
@@ -374,6 +389,16 @@ INLINE void NAME(drop_row)(float *out, const float *in, long end, long T, long h
         NAME(store)(out + j, NAME(load)(in + j) * NAME(kept)(first + (uint32_t)j, key, threshold, factor));
 }
 
+/* Have rows t..t+ROWS of T, of n floats each, near the core: to be read, or to be written. */
+INLINE void NAME(fetch_rows)(const float *in, long stride, long t, long T, long n, const int write) {
+    for (long i = t; i < t + ROWS && i < T; i++)
+        for (long j = 0; j < n; j += 16)
+            if (write)
+                __builtin_prefetch(in + i * stride + j, 1, 3);
+            else
+                __builtin_prefetch(in + i * stride + j, 0, 2);
+}
+
 /* Causal attention. qkv[N,3C] is the product without its bias; p[B,H,Tp,Tp] keeps the probabilities (before dropout),
  * Tp = T rounded up to 16; scratch holds 4 * Tp * Dp + Tp * Tp floats, Dp = D rounded up to 16. keys[B] and a threshold
  * above 0 drop probabilities. */
@@ -385,7 +410,9 @@ void NAME(attention_forward)(float *out, float *p, const float *qkv, const float
     for (long b = 0; b < B; b++)
         for (long h = 0; h < H; h++) {
             const float *base = qkv + b * T * 3 * C + h * D;
-            float *s = p + (b * H + h) * Tp * Tp;
+            float *s = p + (b * H + h) * Tp * Tp, *result = out + b * T * C + h * D;
+            const long rows = b * H + h + 1 < B * H ? T : 0; /* of the next head, fetched while this one is computed */
+            const float *next = h + 1 < H ? base + D : qkv + (b + 1) * T * 3 * C;
             NAME(pack)(q, base, 3 * C, bias + h * D, scale, T, Tp, D, Dp);
             NAME(pack)(k, base + C, 3 * C, bias + C + h * D, 1.0f, T, Tp, D, Dp);
             NAME(pack)(v, base + 2 * C, 3 * C, bias + 2 * C + h * D, 1.0f, T, Tp, D, Dp);
@@ -393,8 +420,11 @@ void NAME(attention_forward)(float *out, float *p, const float *qkv, const float
             float *o = k; /* k is done with */
             for (long i = 0; i < Tp; i += ROWS) {
                 const long end = (i + ROWS + 15) & ~15L;
+                for (long part = 0; part < 3; part++) NAME(fetch_rows)(next + part * C, 3 * C, i, rows, D, 0);
+                NAME(fetch_rows)(s + Tp * Tp, Tp, i, rows, end, 1);
                 NAME(stripe)(s + i * Tp, Tp, q + i * Dp, Dp, 1, kt, Tp, 0, D, end);
                 for (long r = i; r < i + ROWS; r++) NAME(softmax_row)(s + r * Tp, r, end);
+                NAME(fetch_rows)(result, C, i, T, D, 1);
                 const float *used = s + i * Tp;
                 if (threshold) {
                     for (long r = i; r < i + ROWS; r++)
@@ -403,7 +433,7 @@ void NAME(attention_forward)(float *out, float *p, const float *qkv, const float
                 }
                 NAME(stripe)(o + i * Dp, Dp, used, Tp, 1, v, Dp, 0, i + ROWS, Dp);
             }
-            for (long t = 0; t < T; t++) memcpy(out + (b * T + t) * C + h * D, o + t * Dp, 4 * (size_t)D);
+            for (long t = 0; t < T; t++) memcpy(result + t * C, o + t * Dp, 4 * (size_t)D);
         }
 }
 
@@ -420,14 +450,21 @@ void NAME(attention_backward)(float *dqkv, float *dbias, const float *dout, cons
     for (long b = 0; b < B; b++)
         for (long h = 0; h < H; h++) {
             const float *base = qkv + b * T * 3 * C + h * D;
-            const float *s = p + (b * H + h) * Tp * Tp;
+            const float *s = p + (b * H + h) * Tp * Tp, *grown = dout + b * T * C + h * D;
+            float *result = dqkv + b * T * 3 * C + h * D;
+            const long rows = b * H + h + 1 < B * H ? T : 0;
+            const float *next = h + 1 < H ? base + D : qkv + (b + 1) * T * 3 * C;
+            const float *next_grown = h + 1 < H ? grown + D : dout + (b + 1) * T * C;
             NAME(pack)(q, base, 3 * C, bias + h * D, scale, T, Tp, D, Dp);
             NAME(pack)(k, base + C, 3 * C, bias + C + h * D, 1.0f, T, Tp, D, Dp);
             NAME(pack)(v, base + 2 * C, 3 * C, bias + 2 * C + h * D, 1.0f, T, Tp, D, Dp);
-            NAME(pack)(g, dout + b * T * C + h * D, C, NULL, 1.0f, T, Tp, D, Dp);
+            NAME(pack)(g, grown, C, NULL, 1.0f, T, Tp, D, Dp);
             NAME(transpose)(vt, Tp, v, Dp, Tp, Dp);
             for (long i = 0; i < Tp; i += ROWS) {
                 const long end = (i + ROWS + 15) & ~15L;
+                for (long part = 0; part < 3; part++) NAME(fetch_rows)(next + part * C, 3 * C, i, rows, D, 0);
+                NAME(fetch_rows)(next_grown, C, i, rows, D, 0);
+                NAME(fetch_rows)(s + Tp * Tp, Tp, i, rows, end, 0);
                 NAME(stripe)(ds + i * Tp, Tp, g + i * Dp, Dp, 1, vt, Tp, 0, D, end);
                 for (long r = i; r < i + ROWS; r++) {
                     float *row = ds + r * Tp;
@@ -445,11 +482,12 @@ void NAME(attention_backward)(float *dqkv, float *dbias, const float *dout, cons
                 NAME(stripe)(dq + i * Dp, Dp, ds + i * Tp, Tp, 1, k, Dp, 0, i + ROWS, Dp);
             }
             for (long j = 0; j < Tp; j += ROWS) {
+                for (long part = 0; part < 3; part++) NAME(fetch_rows)(result + part * C, 3 * C, j, T, D, 1);
                 NAME(stripe)(dk + j * Dp, Dp, ds + j, 1, Tp, q, Dp, j, Tp, Dp);
                 NAME(stripe)(dv + j * Dp, Dp, (threshold ? dropped : s) + j, 1, Tp, g, Dp, j, Tp, Dp);
             }
             for (long t = 0; t < T; t++) {
-                float *row = dqkv + (b * T + t) * 3 * C + h * D;
+                float *row = result + t * 3 * C;
                 for (long d = 0; d < D; d += W) {
                     const VEC x = NAME(load)(dq + t * Dp + d) * scale, y = NAME(load)(dv + t * Dp + d);
                     const VEC z = NAME(load)(dk + t * Dp + d);

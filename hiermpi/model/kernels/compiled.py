@@ -26,6 +26,8 @@ _TYPES: dict[str, Any] = {
 }
 SIGNATURES = {  # p: address, l: long, u: uint32, f: float, d: double; as in product.h and body.h
     "product": "pppp lll lll ll l",
+    "product_gelu": "pppppp lll",
+    "product_slope": "pppppp lll",
     "embed_forward": "pppp lll",
     "embed_backward": "pppp lll",
     "norm_forward": "pppppp ll",
@@ -79,10 +81,26 @@ class CompiledKernels:
         rows, inner = a.shape
         columns = b.shape[1]
         strides = (out.strides[0] >> 2, a.strides[0] >> 2, a.strides[1] >> 2, b.strides[0] >> 2, b.strides[1] >> 2)
-        scratch = inner * (PANEL_COLUMNS + (0 if strides[2] % PACKED_STRIDE else rows))
-        if self._panel.size < scratch:
-            self._panel = aligned_empty(scratch, np.float32)
-        self._call["product"](at(out), at(a), at(b), at(self._panel), rows, columns, inner, *strides, add)
+        panel = self._panel_for(inner, 0 if strides[2] % PACKED_STRIDE else rows)
+        self._call["product"](at(out), at(a), at(b), at(panel), rows, columns, inner, *strides, add)
+
+    def product_gelu(self, out: Array, slope: Array, a: Array, b: Array, bias: Array) -> None:
+        if not self.own_products:
+            self._blas.product(slope, a, b)
+            self.gelu_forward(out, slope, bias)
+            return
+        inner = a.shape[1]
+        arrays = (out, slope, a, b, bias, self._panel_for(inner, 0))
+        self._call["product_gelu"](*map(at, arrays), *out.shape, inner)
+
+    def product_slope(self, out: Array, dbias: Array, a: Array, b: Array, slope: Array) -> None:
+        if not self.own_products:
+            self._blas.product(out, a, b.T)
+            self.gelu_backward(out, dbias, slope)
+            return
+        inner = a.shape[1]
+        arrays = (out, dbias, a, b, slope, self._panel_for(inner, 0))
+        self._call["product_slope"](*map(at, arrays), *out.shape, inner)
 
     def embed_forward(self, x: Array, inputs: NDArray[np.int32], wte: Array, wpe: Array) -> None:
         self._call["embed_forward"](at(x), at(inputs), at(wte), at(wpe), x.shape[0], inputs.shape[1], x.shape[1])
@@ -131,8 +149,8 @@ class CompiledKernels:
     def gelu_forward(self, out: Array, h: Array, bias: Array) -> None:
         self._call["gelu_forward"](at(out), at(h), at(bias), *h.shape)
 
-    def gelu_backward(self, dh: Array, dbias: Array, h: Array) -> None:
-        self._call["gelu_backward"](at(dh), at(dbias), at(h), *h.shape)
+    def gelu_backward(self, dh: Array, dbias: Array, slope: Array) -> None:
+        self._call["gelu_backward"](at(dh), at(dbias), at(slope), *slope.shape)
 
     def dropout(self, x: Array, keys: NDArray[np.uint64], threshold: int) -> None:
         count = len(keys)
@@ -202,6 +220,12 @@ class CompiledKernels:
     def from_fixed(self, out: Array, sums: NDArray[np.int64], unit: float) -> None:
         """See :func:`hiermpi.optimizer.fixed_point.from_fixed`."""
         self._call["from_fixed"](at(out), at(sums), len(sums), unit)
+
+    def _panel_for(self, inner: int, packed_rows: int) -> Array:
+        size = inner * (PANEL_COLUMNS + packed_rows)
+        if self._panel.size < size:
+            self._panel = aligned_empty(size, np.float32)
+        return self._panel
 
     def _scratch_for(self, shape: Sequence[int]) -> Array:
         length, width = padded(shape[1]), padded(shape[3])

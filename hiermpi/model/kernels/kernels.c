@@ -3,6 +3,9 @@
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
 
 #define JOIN_(a, b) a##_##b
 #define JOIN(a, b) JOIN_(a, b)
@@ -17,6 +20,9 @@
 VECTORS(4)
 VECTORS(8)
 VECTORS(16)
+
+/* What is done with the tiles of a product: see product.h. */
+enum { WRITE, ADD, GELU, SLOPE };
 
 /* Per level: W floats in a register, and ROWS x VECS registers that hold a tile of a product. ROWS divides 16. */
 #define LEVEL plain

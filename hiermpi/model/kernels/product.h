@@ -1,9 +1,11 @@
 /* Matrix products, once per instruction set like body.h, whose loads and stores they use.
  *
- * c[M,N] (+)= a b with a[r,k] at r * ars + k * aks and b[k,j] at k * bks + j * bjs, one of bks, bjs being 1. Panels of
+ * c[M,N] = a b with a[r,k] at r * ars + k * aks and b[k,j] at k * bks + j * bjs, one of bks, bjs being 1. Panels of
  * b, PCOLS columns wide, are copied so that they are read in order and stay in the level 2 cache; each is used for all
  * rows of a, PROWS at a time, whose tile of c is held in registers. (Goto and van de Geijn, Anatomy of high-performance
- * matrix multiplication, 2008, without the blocking that larger caches and smaller matrices make unnecessary.)
+ * matrix multiplication, 2008, without the blocking that larger caches and smaller matrices make unnecessary.) While a
+ * tile is computed, its place in c and a part of the next panel are fetched. What follows a product element by element
+ * is done while the tile is still in registers.
  *
  * Every element is the sum over k in order, by one fused multiply-add each: it does not depend on where in the matrix
  * it stands, nor on how many rows there are.
@@ -12,54 +14,125 @@
 #define PVECS 3
 #define PCOLS (W * PVECS)
 #define PACKED_STRIDE 512
+#define AHEAD 16
 
-/* Rows r..r+rows of a panel's columns; `width` columns of c are stored. */
-INLINE void NAME(product_tile)(float *c, long ldc, const float *a, long ars, long aks, const float *panel, long K,
-                               long width, long add, const int rows, const int vecs) {
-    VEC acc[PROWS][PVECS];
-    for (int r = 0; r < rows; r++)
-        for (int v = 0; v < vecs; v++) acc[r][v] = (VEC){0};
-    for (long k = 0; k < K; k++) {
-        VEC x[PVECS];
-        for (int v = 0; v < vecs; v++) x[v] = NAME(load)(panel + (k * vecs + v) * W);
-        for (int r = 0; r < rows; r++) {
-            VEC y = NAME(splat)(a[r * ars + k * aks]);
-            for (int v = 0; v < vecs; v++) acc[r][v] += y * x[v];
+/* What becomes of the tiles, by the `end` of a product: c = ab, c += ab, c = gelu(ab + bias) with its slope, or
+ * c = ab * slope with its column sums. */
+typedef struct {
+    float *c;
+    long ldc; /* of c, and of slope */
+    float *slope;
+    const float *bias;
+    float *sums;
+} NAME(Result);
+
+/* The lines of the next panel, to be fetched a few for every AHEAD steps along k. */
+typedef struct {
+    const char *line;
+    long rows, stride, lines; /* rows left, bytes from one to the next, lines of each */
+    long place, each;         /* line within the row; how many at a time */
+} NAME(Ahead);
+
+INLINE void NAME(fetch)(NAME(Ahead) *next) {
+    for (long i = 0; i < next->each && next->rows > 0; i++) {
+        __builtin_prefetch(next->line + 64 * next->place, 0, 2);
+        if (++next->place == next->lines) {
+            next->place = 0;
+            next->line += next->stride;
+            next->rows--;
         }
     }
-    for (int r = 0; r < rows; r++)
-        for (int v = 0; v < vecs; v++) {
-            float *to = c + r * ldc + W * v;
-            const long left = width - W * v;
-            if (left >= W)
-                NAME(store)(to, add ? NAME(load)(to) + acc[r][v] : acc[r][v]);
-            else
-                NAME(store_part)(to, add ? NAME(load_part)(to, left) + acc[r][v] : acc[r][v], left);
+}
+
+/* The place of row r of a tile. Row by row between the steps along k: all at once they keep other loads waiting. */
+INLINE void NAME(fetch_place)(const NAME(Result) *to, long r, long j, const int end, const int vecs) {
+    for (int v = 0; v < vecs; v++) {
+        const long at = r * to->ldc + j + W * v;
+        __builtin_prefetch(to->c + at, 1, 3);
+        if (end == GELU) __builtin_prefetch(to->slope + at, 1, 3);
+        if (end == SLOPE) __builtin_prefetch(to->slope + at, 0, 3);
+    }
+}
+
+INLINE VEC NAME(load_up_to)(const float *p, long n) { return n >= W ? NAME(load)(p) : NAME(load_part)(p, n); }
+INLINE void NAME(store_up_to)(float *p, VEC x, long n) {
+    if (n >= W)
+        NAME(store)(p, x);
+    else
+        NAME(store_part)(p, x, n);
+}
+
+/* A register of a finished tile to its place: row r, from column j on, where `left` columns are. */
+INLINE void NAME(finish)(const NAME(Result) *to, long r, long j, long left, VEC x, VEC *sum, const int end) {
+    const long at = r * to->ldc + j;
+    VEC slope;
+    if (end == ADD) x += NAME(load_up_to)(to->c + at, left);
+    if (end == GELU) {
+        x = NAME(gelu)(x + NAME(load_up_to)(to->bias + j, left), &slope);
+        NAME(store_up_to)(to->slope + at, slope, left);
+    }
+    if (end == SLOPE) {
+        x *= NAME(load_up_to)(to->slope + at, left);
+        *sum += x;
+    }
+    NAME(store_up_to)(to->c + at, x, left);
+}
+
+/* Rows r..r+rows of a panel's columns, which begin at column j; a is that of row r. */
+INLINE void NAME(product_tile)(const NAME(Result) *to, long r, long j, const float *a, long ars, long aks,
+                               const float *panel, long K, long width, NAME(Ahead) *next, VEC *sums, const int end,
+                               const int rows, const int vecs) {
+    VEC acc[PROWS][PVECS];
+    for (int i = 0; i < rows; i++)
+        for (int v = 0; v < vecs; v++) acc[i][v] = (VEC){0};
+    for (long first = 0; first < K; first += AHEAD) {
+        const long last = first + AHEAD < K ? first + AHEAD : K;
+        NAME(fetch)(next);
+        if (first < AHEAD * rows) NAME(fetch_place)(to, r + first / AHEAD, j, end, vecs);
+        for (long k = first; k < last; k++) {
+            VEC x[PVECS];
+            for (int v = 0; v < vecs; v++) x[v] = NAME(load)(panel + (k * vecs + v) * W);
+            for (int i = 0; i < rows; i++) {
+                const VEC y = NAME(splat)(a[i * ars + k * aks]);
+                for (int v = 0; v < vecs; v++) acc[i][v] += y * x[v];
+            }
         }
+    }
+    for (int i = 0; i < rows; i++)
+        for (int v = 0; v < vecs; v++) NAME(finish)(to, r + i, j + W * v, width - W * v, acc[i][v], sums + v, end);
 }
 
 /* packed: of a's rows, PROWS at a time, or NULL */
-INLINE void NAME(product_rows)(float *c, long ldc, const float *a, long ars, long aks, const float *packed,
-                               const float *panel, long M, long K, long width, long add, const int vecs) {
+INLINE void NAME(product_rows)(const NAME(Result) *to, long j, const float *a, long ars, long aks, const float *packed,
+                               const float *panel, long M, long K, long width, NAME(Ahead) *next, const int end,
+                               const int vecs) {
+    VEC sums[PVECS];
+    for (int v = 0; v < vecs; v++) sums[v] = (VEC){0};
     long r = 0;
     if (packed)
         for (; r + PROWS <= M; r += PROWS)
-            NAME(product_tile)(c + r * ldc, ldc, packed + r * K, 1, PROWS, panel, K, width, add, PROWS, vecs);
+            NAME(product_tile)(to, r, j, packed + r * K, 1, PROWS, panel, K, width, next, sums, end, PROWS, vecs);
     for (; r + PROWS <= M; r += PROWS)
-        NAME(product_tile)(c + r * ldc, ldc, a + r * ars, ars, aks, panel, K, width, add, PROWS, vecs);
+        NAME(product_tile)(to, r, j, a + r * ars, ars, aks, panel, K, width, next, sums, end, PROWS, vecs);
     for (; r + 2 <= M; r += 2)
-        NAME(product_tile)(c + r * ldc, ldc, a + r * ars, ars, aks, panel, K, width, add, 2, vecs);
-    if (r < M) NAME(product_tile)(c + r * ldc, ldc, a + r * ars, ars, aks, panel, K, width, add, 1, vecs);
+        NAME(product_tile)(to, r, j, a + r * ars, ars, aks, panel, K, width, next, sums, end, 2, vecs);
+    if (r < M) NAME(product_tile)(to, r, j, a + r * ars, ars, aks, panel, K, width, next, sums, end, 1, vecs);
+    for (int v = 0; v < vecs && end == SLOPE; v++) {
+        const long left = width - W * v;
+        NAME(store_up_to)(to->sums + j + W * v, NAME(load_up_to)(to->sums + j + W * v, left) + sums[v], left);
+    }
 }
 
-/* panel[k, 0..cols) = b[k, j0..j0+width), zero beyond the width */
+/* panel[k, 0..cols) = b[k, 0..width), zero beyond the width */
 INLINE void NAME(product_panel)(float *panel, const float *b, long bks, long bjs, long K, long width, long cols) {
     if (width < cols) memset(panel, 0, 4 * (size_t)(K * cols));
-    if (bjs == 1) {
-        for (long k = 0; k < K; k++) memcpy(panel + k * cols, b + k * bks, 4 * (size_t)width);
+    if (bjs != 1) {
+        NAME(transpose)(panel, cols, b, bjs, width, K);
         return;
     }
-    NAME(transpose)(panel, cols, b, bjs, width, K);
+    for (long k = 0; k < K; k++)
+        for (long v = 0; v < width; v += W)
+            NAME(store_up_to)(panel + k * cols + v, NAME(load_up_to)(b + k * bks + v, width - v), width - v);
 }
 
 /* packed[r * K + k * PROWS + i] = a[r + i, k] for all full tiles of a transposed a whose stride is a multiple of 2 KB:
@@ -73,24 +146,57 @@ INLINE void NAME(product_pack)(float *packed, const float *a, long aks, long M, 
         for (long k = 0; k < K; k++) memcpy(packed + r * K + k * PROWS, a + r + k * aks, 4 * PROWS);
 }
 
+/* The lines of `width` columns of b from `b` on, spread over the tiles that use the panel before them. */
+INLINE NAME(Ahead) NAME(ahead_of)(const float *b, long bks, long bjs, long M, long K, long width) {
+    const long turns = (M / PROWS + 1) * ((K + AHEAD - 1) / AHEAD);
+    const long rows = bjs == 1 ? K : width, columns = bjs == 1 ? width : K, lines = (columns + 15) / 16;
+    return (NAME(Ahead)){(const char *)b, rows, 4 * (bjs == 1 ? bks : bjs), lines, 0, (rows * lines + turns - 1) / turns};
+}
+
 /* scratch holds K * (PCOLS + M) floats, K * PCOLS where a is not packed */
-void NAME(product)(float *c, const float *a, const float *b, float *scratch, long M, long N, long K, long ldc, long ars,
-                   long aks, long bks, long bjs, long add) {
+INLINE void NAME(products)(const NAME(Result) *to, const float *a, const float *b, float *scratch, long M, long N,
+                           long K, long ars, long aks, long bks, long bjs, const int end) {
     float *packed = ars == 1 && aks % PACKED_STRIDE == 0 && N > PCOLS ? scratch + K * PCOLS : NULL;
     if (packed) NAME(product_pack)(packed, a, aks, M, K);
     for (long j = 0; j < N; j += PCOLS) {
-        const long width = N - j < PCOLS ? N - j : PCOLS;
+        const long width = N - j < PCOLS ? N - j : PCOLS, after = N - j - width < PCOLS ? N - j - width : PCOLS;
         const long vecs = (width + W - 1) / W;
+        NAME(Ahead) next = NAME(ahead_of)(b + (j + width) * bjs, bks, bjs, M, K, after);
         NAME(product_panel)(scratch, b + j * bjs, bks, bjs, K, width, vecs * W);
         if (vecs == 3)
-            NAME(product_rows)(c + j, ldc, a, ars, aks, packed, scratch, M, K, width, add, 3);
+            NAME(product_rows)(to, j, a, ars, aks, packed, scratch, M, K, width, &next, end, 3);
         else if (vecs == 2)
-            NAME(product_rows)(c + j, ldc, a, ars, aks, packed, scratch, M, K, width, add, 2);
+            NAME(product_rows)(to, j, a, ars, aks, packed, scratch, M, K, width, &next, end, 2);
         else
-            NAME(product_rows)(c + j, ldc, a, ars, aks, packed, scratch, M, K, width, add, 1);
+            NAME(product_rows)(to, j, a, ars, aks, packed, scratch, M, K, width, &next, end, 1);
     }
+}
+
+/* c (+)= a b */
+void NAME(product)(float *c, const float *a, const float *b, float *scratch, long M, long N, long K, long ldc, long ars,
+                   long aks, long bks, long bjs, long add) {
+    const NAME(Result) to = {c, ldc, NULL, NULL, NULL};
+    if (add)
+        NAME(products)(&to, a, b, scratch, M, N, K, ars, aks, bks, bjs, ADD);
+    else
+        NAME(products)(&to, a, b, scratch, M, N, K, ars, aks, bks, bjs, WRITE);
+}
+
+/* out = gelu(a b + bias), slope = gelu'(a b + bias); all matrices C-contiguous */
+void NAME(product_gelu)(float *out, float *slope, const float *a, const float *b, const float *bias, float *scratch,
+                        long M, long N, long K) {
+    const NAME(Result) to = {out, N, slope, bias, NULL};
+    NAME(products)(&to, a, b, scratch, M, N, K, K, 1, N, 1, GELU);
+}
+
+/* out = (a b^T) * slope, dbias += its column sums; all matrices C-contiguous, b[N,K] */
+void NAME(product_slope)(float *out, float *dbias, const float *a, const float *b, const float *slope, float *scratch,
+                         long M, long N, long K) {
+    const NAME(Result) to = {out, N, (float *)slope, NULL, dbias};
+    NAME(products)(&to, a, b, scratch, M, N, K, K, 1, 1, K, SLOPE);
 }
 
 #undef PVECS
 #undef PCOLS
 #undef PACKED_STRIDE
+#undef AHEAD

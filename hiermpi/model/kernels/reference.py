@@ -123,25 +123,28 @@ class ReferenceKernels:
         dbias += dy.sum(axis=0)
 
     def gelu_forward(self, out: Array, h: Array, bias: Array) -> None:
-        """H (N, K) += bias; out (N, K) = GELU(h), the tanh form (Hendrycks, Gimpel 2016)."""
+        """Out (N, K) = GELU(h + bias), the tanh form (Hendrycks, Gimpel 2016); h (N, K) becomes GELU'(h + bias)."""
         h += bias
-        np.multiply(h, h, out=out)
-        out *= GELU_CUBIC
-        out += 1.0
-        out *= h
-        out *= GELU_SCALE
-        np.tanh(out, out=out)
-        out += 1.0
-        out *= h
-        out *= 0.5
-
-    def gelu_backward(self, dh: Array, dbias: Array, h: Array) -> None:
-        """Dh (N, K) *= GELU'(h), in place of the gradient of the output; dbias (K,) += its column sums."""
         square = h * h
         t = np.tanh(GELU_SCALE * (h + GELU_CUBIC * square * h))
+        np.multiply(h, 0.5 * (1.0 + t), out=out)
         slope = 0.5 * (1.0 + t) + 0.5 * h * (1.0 - t * t) * GELU_SCALE * (1.0 + 3.0 * GELU_CUBIC * square)
+        h[...] = slope
+
+    def gelu_backward(self, dh: Array, dbias: Array, slope: Array) -> None:
+        """Dh (N, K) *= slope, in place of the gradient of the output; dbias (K,) += its column sums."""
         dh *= slope
         dbias += dh.sum(axis=0)
+
+    def product_gelu(self, out: Array, slope: Array, a: Array, b: Array, bias: Array) -> None:
+        """Out (M, N) = GELU(a b + bias), slope (M, N) = GELU'(a b + bias); a (M, K), b (K, N), all C-contiguous."""
+        self.product(slope, a, b)
+        self.gelu_forward(out, slope, bias)
+
+    def product_slope(self, out: Array, dbias: Array, a: Array, b: Array, slope: Array) -> None:
+        """Out (M, N) = a b^T times slope, dbias (N,) += its column sums; a (M, K), b (N, K), all C-contiguous."""
+        self.product(out, a, b.T)
+        self.gelu_backward(out, dbias, slope)
 
     def dropout(self, x: Array, keys: NDArray[np.uint64], threshold: int) -> None:
         """Drop elements of x (N, C) in place; the rows of sequence b are x.reshape(B, T, C)[b], under keys[b]."""
