@@ -3,7 +3,8 @@
 import math
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import cast
 
 import torch
@@ -11,8 +12,8 @@ import torch.distributed
 from torch import nn
 from torch.nn import functional
 
-from hiermpi.communication.communicators import Communicators, usable_cores
-from hiermpi.communication.objects import broadcast_object
+from hiermpi.communication.communicators import Communicators
+from hiermpi.communication.objects import broadcast_object, gather_objects
 from hiermpi.config.schema import Config, ModelConfig
 
 
@@ -64,7 +65,8 @@ def torch_methods(config: Config, comms: Communicators) -> tuple[dict[str, Calla
     """The forms that work here, and a line on each that was tried. Collective over the world."""
     methods: dict[str, Callable[[int], None]] = {}
     notes = [f"PyTorch {torch.__version__}"]
-    cores = min(usable_cores(), os.cpu_count() or 1)
+    bound = gather_objects(comms.node, os.sched_getaffinity(0), comms.waiter)
+    cores = set().union(*bound or [])  # a launcher may have bound each rank to a core of its own
     share = max(1, config.train.batch_size // comms.size)
     if comms.size > 1:
         place = (socket.gethostbyname(socket.gethostname()), free_port()) if comms.rank == 0 else None
@@ -73,7 +75,7 @@ def torch_methods(config: Config, comms: Communicators) -> tuple[dict[str, Calla
             "gloo", init_method=f"tcp://{host}:{port}", rank=comms.rank, world_size=comms.size
         )
         parallel = nn.parallel.DistributedDataParallel(Peer(config.model))
-        methods["torch DDP"] = stepping(parallel, config, share, 1)
+        methods["torch DDP"] = stepping(parallel, config, share, os.sched_getaffinity(0), 1)
         notes.append(f"torch DDP over gloo: {comms.size} processes of 1 thread")
     for compiled in (False, True):
         name = "torch compiled" if compiled else "torch"
@@ -81,14 +83,16 @@ def torch_methods(config: Config, comms: Communicators) -> tuple[dict[str, Calla
             methods[name] = nothing
             continue
         model = Peer(config.model)
-        call = stepping(compile_module(model) if compiled else model, config, config.train.batch_size, cores)
+        call = stepping(
+            compile_module(model) if compiled else model, config, config.train.batch_size, cores, len(cores)
+        )
         try:
             call(1)
         except Exception as error:  # noqa: BLE001  (a compiler may be missing; then this form is not a peer)
             notes.append(f"{name}: not measured ({type(error).__name__})")
             call = nothing
         else:
-            notes.append(f"{name}: one process of {cores} threads")
+            notes.append(f"{name}: one process of {len(cores)} threads")
         methods[name] = call
     usable = broadcast_object(
         comms.world, [note.split(":")[0] for note in notes if "not measured" in note], comms.waiter
@@ -96,8 +100,10 @@ def torch_methods(config: Config, comms: Communicators) -> tuple[dict[str, Calla
     return {name: call for name, call in methods.items() if name not in usable}, notes
 
 
-def stepping(model: nn.Module, config: Config, sequences: int, threads: int) -> Callable[[int], None]:
-    """Does training steps of ``sequences`` sequences with a fused AdamW."""
+def stepping(
+    model: nn.Module, config: Config, sequences: int, cores: set[int], threads: int
+) -> Callable[[int], None]:
+    """Does training steps of ``sequences`` sequences with a fused AdamW, on these cores."""
     settings = config.optimizer
     optimizer = torch.optim.AdamW(
         model.parameters(),
@@ -110,15 +116,27 @@ def stepping(model: nn.Module, config: Config, sequences: int, threads: int) -> 
     inputs, targets = (torch.randint(config.model.vocab_size, shape) for _ in range(2))
 
     def some_steps(count: int) -> None:
-        torch.set_num_threads(threads)
-        for _ in range(count):
-            optimizer.zero_grad(set_to_none=True)
-            model(inputs, targets).backward()
-            nn.utils.clip_grad_norm_(model.parameters(), config.train.grad_clip or 1e9)
-            optimizer.step()
-        torch.set_num_threads(1)
+        with using(cores, threads):
+            for _ in range(count):
+                optimizer.zero_grad(set_to_none=True)
+                model(inputs, targets).backward()
+                nn.utils.clip_grad_norm_(model.parameters(), config.train.grad_clip or 1e9)
+                optimizer.step()
 
     return some_steps
+
+
+@contextmanager
+def using(cores: set[int], threads: int) -> Iterator[None]:
+    """Let PyTorch use these cores, and so many threads, for a while; threads that it starts keep the cores."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cores)
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(1)
+        os.sched_setaffinity(0, before)
 
 
 def compile_module(model: nn.Module) -> nn.Module:
