@@ -127,6 +127,8 @@ class Transformer:
         groups = symmetry_groups(symmetry_group, config.vocab_size, config.symmetry_order)
         self.symmetry = SymmetryTable(groups, config.symmetry_order)
         self.parameters = ParameterBuffer(transformer_specs(config), dtype, storage)
+        self._sums = self._ranges_of_sums()
+        self._viewed: tuple[NDArray | None, dict[str, NDArray]] = (None, {})
         self.micro_batch = micro_batch_sequences(config, micro_batch_size)
         self.kernels = (kernels or load_kernels()) if self.parameters.dtype == np.float32 else ReferenceKernels()
         self.threshold = threshold_of(config.dropout)
@@ -150,15 +152,29 @@ class Transformer:
 
     def loss_and_gradients(self, batch: Batch, gradients: NDArray) -> tuple[float, int]:
         """Add the batch's gradient SUM into ``gradients``; return (loss_sum, n_tokens)."""
-        return self._passes(batch, self.parameters.views(gradients), fresh=False)
+        return self._passes(batch, self._views(gradients), fresh=False)
 
     def write_gradients(self, batch: Batch, gradients: NDArray) -> tuple[float, int]:
         """The same in place of what ``gradients`` hold: first products are written, the rest is zeroed before."""
-        grads = self.parameters.views(gradients)
-        for spec in self.parameters.specs:
+        for start, stop in self._sums:
+            gradients[start:stop] = 0
+        return self._passes(batch, self._views(gradients), fresh=True)
+
+    def _views(self, gradients: NDArray) -> dict[str, NDArray]:
+        """Named views into ``gradients``, made once for a vector that comes step after step."""
+        if self._viewed[0] is not gradients:
+            self._viewed = gradients, self.parameters.views(gradients)
+        return self._viewed[1]
+
+    def _ranges_of_sums(self) -> list[tuple[int, int]]:
+        """Ranges of the vector with the gradients that are only added to, those which begin with no product."""
+        ranges: list[tuple[int, int]] = []
+        bounds = [*(self.parameters.offsets[spec.name] for spec in self.parameters.specs), self.parameters.size]
+        for spec, start, stop in zip(self.parameters.specs, bounds[:-1], bounds[1:], strict=True):
             if not self._is_product(spec):
-                grads[spec.name][...] = 0
-        return self._passes(batch, grads, fresh=True)
+                first = ranges.pop()[0] if ranges and ranges[-1][1] == start else start
+                ranges.append((first, stop))
+        return ranges
 
     def _is_product(self, spec: TensorSpec) -> bool:
         """Whether a tensor's gradient begins with a matrix product."""

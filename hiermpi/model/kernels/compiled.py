@@ -1,6 +1,7 @@
 """The kernels of kernels.c through ctypes: the methods of the numpy reference, on C-contiguous float32 arrays."""
 
 import ctypes
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -242,4 +243,25 @@ def plain_float32(*arrays: NDArray[Any]) -> bool:
 
 def at(array: NDArray[Any]) -> int:
     """Address of an array's first byte. The caller keeps the array alive, and C-contiguous."""
+    if DATA_FIELD:
+        return ctypes.c_void_p.from_address(id(array) + DATA_FIELD).value or 0
     return array.__array_interface__["data"][0]
+
+
+def data_field() -> int:
+    """Where an array object keeps its address, which reads six times faster there than by asking the array; else 0.
+
+    In CPython the address of an object is its id, and behind the header that all objects have, numpy's
+    PyArrayObject_fields begins with ``char *data``.
+    """
+    if sys.implementation.name != "cpython":
+        return 0
+    place = object.__basicsize__
+    array = np.zeros(4, np.float32)
+    for example in (array, array[1:], array[2:]):
+        if ctypes.c_void_p.from_address(id(example) + place).value != example.__array_interface__["data"][0]:
+            return 0
+    return place
+
+
+DATA_FIELD = data_field()

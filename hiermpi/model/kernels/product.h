@@ -140,8 +140,10 @@ INLINE void NAME(product_panel)(float *panel, const float *b, long bks, long bjs
 INLINE void NAME(product_pack)(float *packed, const float *a, long aks, long M, long K) {
     long r = 0;
     for (; r + 16 <= M; r += 16)
-        for (long k = 0; k < K; k++)
+        for (long k = 0; k < K; k++) {
+            __builtin_prefetch(a + r + 16 + k * aks, 0, 2);
             for (long i = 0; i < 16; i += PROWS) memcpy(packed + (r + i) * K + k * PROWS, a + r + i + k * aks, 4 * PROWS);
+        }
     for (; r + PROWS <= M; r += PROWS)
         for (long k = 0; k < K; k++) memcpy(packed + r * K + k * PROWS, a + r + k * aks, 4 * PROWS);
 }
