@@ -1,9 +1,10 @@
-"""The training step: compiled against numpy kernels, against the machine's own sgemm rate, and against PyTorch.
+"""The training step: compiled against numpy kernels, the machine's own sgemm rate and its peak, and PyTorch.
 
 Every method does the same work per call: one optimizer step on the same number of sequences of the same shapes, on the
 same cores. PyTorch runs inside the same job, in turns: as DDP over gloo on the same processes, as one process with all
 threads, and compiled where that works; the best of these is the peer. Which forms ran, and why others did not, is in
-the result.
+the result. The step's floating-point operations as one large product, and as multiply-adds on registers alone, are the
+floor under everybody.
 """
 
 import dataclasses
@@ -27,6 +28,7 @@ from hiermpi.data.sampling import Sampler
 from hiermpi.hierarchy.routing import Router
 from hiermpi.hierarchy.symmetry import symmetry_groups
 from hiermpi.model.kernels import Kernels, load_kernels
+from hiermpi.model.kernels.compiled import CompiledKernels
 from hiermpi.model.transformer import Transformer, flops_per_token
 from hiermpi.optimizer.fixed_point import routed_together, summed_type
 from hiermpi.training.batches import BatchSource
@@ -128,6 +130,10 @@ def bench_step(config: Config, world: MPI.Comm, rounds: int = 12, peers: bool = 
 
     methods: dict[str, Steps] = {name: stepping(trainer) for name, trainer in trainers.items()}
     methods["sgemm"] = _sgemm(config, comms)
+    kernels = load_kernels()
+    if isinstance(kernels, CompiledKernels):
+        share = flops_per_token(config.model) * config.train.batch_size * config.model.context_length / comms.size
+        methods["fma peak"] = lambda count: kernels.multiply_adds(count * share)
     notes = _add_peers(methods, config, comms) if peers else ["no peer was asked for"]
 
     def settle() -> None:
@@ -160,6 +166,8 @@ def bench_step(config: Config, world: MPI.Comm, rounds: int = 12, peers: bool = 
     if torches:
         best = min(torches, key=lambda name: torches[name])
         ratios[f"best of PyTorch ({best}) / hiermpi"] = torches[best] / ours
+        if "fma peak" in medians:
+            ratios[f"best of PyTorch ({best}) / fma peak"] = torches[best] / medians["fma peak"]
     phases = trainers["hiermpi"].phases
     for trainer in trainers.values():
         trainer.reduction.free()

@@ -614,3 +614,16 @@ long NAME(add_fixed)(int64_t *restrict sums, const float *restrict x, long n, fl
 void NAME(from_fixed)(float *restrict out, const int64_t *restrict sums, long n, double unit) {
     for (long i = 0; i < n; i++) out[i] = (float)((double)sums[i] * unit);
 }
+
+/* `rounds` times 12 W multiply-adds on registers: the most that the processor can do. The result is of no use. */
+double NAME(multiply_adds)(long rounds) {
+    volatile float half = 0.5f;
+    const VEC x = NAME(splat)(half);
+    VEC acc[12];
+    for (int i = 0; i < 12; i++) acc[i] = NAME(splat)((float)i);
+    for (long k = 0; k < rounds; k++)
+        for (int i = 0; i < 12; i++) acc[i] = acc[i] * x + x;
+    VEC total = {0};
+    for (int i = 0; i < 12; i++) total += acc[i];
+    return NAME(sum)(total);
+}

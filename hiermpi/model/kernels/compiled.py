@@ -47,10 +47,17 @@ SIGNATURES = {  # p: address, l: long, u: uint32, f: float, d: double; as in pro
     "sum_integers": "pp llll",
     "add_fixed": "pp l ff l",
     "from_fixed": "pp l d",
+    "multiply_adds": "l",
 }
 
 
-RESULTS: dict[str, Any] = {"cross_entropy": ctypes.c_double, "add_fixed": ctypes.c_long}
+RESULTS: dict[str, Any] = {
+    "cross_entropy": ctypes.c_double,
+    "add_fixed": ctypes.c_long,
+    "multiply_adds": ctypes.c_double,
+}
+WIDTHS = {"plain": 4, "avx2": 8, "avx512": 16}
+"""Floats in a register."""
 
 
 class CompiledKernels:
@@ -221,6 +228,10 @@ class CompiledKernels:
     def from_fixed(self, out: Array, sums: NDArray[np.int64], unit: float) -> None:
         """See :func:`hiermpi.optimizer.fixed_point.from_fixed`."""
         self._call["from_fixed"](at(out), at(sums), len(sums), unit)
+
+    def multiply_adds(self, flops: float) -> None:
+        """Do about so many floating-point operations on registers alone: the most that this core can do."""
+        self._call["multiply_adds"](round(flops / (2 * 12 * WIDTHS[self.name])))
 
     def _panel_for(self, inner: int, packed_rows: int) -> Array:
         size = inner * (PANEL_COLUMNS + packed_rows)
