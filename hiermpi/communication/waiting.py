@@ -26,8 +26,8 @@ OVERSUBSCRIBED_SPIN_SECONDS = 50e-6
 so, 150 us where ranks sleep at once; longer polling gains nothing."""
 
 GATE_SPIN = 300e-6
-"""How long a rank looks at a gate, giving the core away after each look, before it sleeps; only where its last wait there
-was shorter. 13 ranks on two cores sum and hand down 10,000 floats in 216 us so, in 270 us with 50 us."""
+"""How long a rank looks at a gate, giving the core away after each look, before it sleeps; only where its last wait
+there was shorter. 13 ranks on two cores sum and hand down 10,000 floats in 216 us so, in 270 us with 50 us."""
 GATE_SPIN_NS = int(1e9 * GATE_SPIN)
 
 Reached = Callable[[int, int, int, int], int]
