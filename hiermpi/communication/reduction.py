@@ -57,6 +57,9 @@ class Reduction(Protocol):
         after the next call that is collective.
         """
 
+    def sum_everywhere(self, values: NDArray[np.float64]) -> None:
+        """Sum a few numbers over all ranks, in place on every rank."""
+
     def exchange(self, values: NDArray[np.float64] | None) -> None:
         """Give the root and every owner what each owner found for its blocks.
 
@@ -111,6 +114,9 @@ class TreeReduction:
                 sum_pieces(comms.waiter, comms.control, [(sums, 0)])
             reduce_spans(comms.waiter, comms.control, gradients, self.ownership.spans)
         return gradients
+
+    def sum_everywhere(self, values: NDArray[np.float64]) -> None:
+        allreduce_small(self.comms, values)
 
     def exchange(self, values: NDArray[np.float64] | None) -> None:
         exchange_on_control(self.comms, values)

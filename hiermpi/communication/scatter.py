@@ -7,7 +7,7 @@ from mpi4py import MPI
 from numpy.typing import NDArray
 
 from hiermpi.communication.communicators import Communicators
-from hiermpi.communication.shared_memory import NodeBarrier, NodeMemory, whole_lines
+from hiermpi.communication.shared_memory import Gate, NodeMemory, laid_out
 from hiermpi.hierarchy.topology import Role, Topology
 
 
@@ -43,7 +43,7 @@ def make_scatter(comms: Communicators, width: int, rows: int, in_memory: bool) -
 
 
 class SharedScatter:
-    """The root writes rows where all ranks of its node read them: a barrier for each ``capacity`` rows.
+    """The root writes rows where all ranks of its node read them, ``capacity`` at a time, and waits for nobody.
 
     Args:
         comms: the hierarchy, on one node.
@@ -54,36 +54,55 @@ class SharedScatter:
     def __init__(self, comms: Communicators, width: int, capacity: int) -> None:
         self.comms = comms
         self.capacity = capacity
-        node = comms.node
-        barrier_bytes = NodeBarrier.nbytes(node.size)
-        bounds_bytes = whole_lines(8 * (node.size + 1))
-        memory = NodeMemory(node, barrier_bytes + 2 * (bounds_bytes + 4 * capacity * width), comms.waiter)
-        self._barrier = NodeBarrier(memory, 0, node, comms.waiter)
-        self._bounds = memory.array(barrier_bytes, (2, bounds_bytes // 8), np.int64)
-        self._rows = memory.array(barrier_bytes + 2 * bounds_bytes, (2, capacity, width), np.int32)
+        self.width = width
+        size = comms.node.size
+        pieces = [Gate.nbytes(1), *[Gate.nbytes(size)] * 2, *[8 * (size + 1)] * 2, *[4 * capacity * width] * 2]
+        *offsets, end = laid_out(*pieces)
+        memory = NodeMemory(comms.node, end, comms.waiter)
+        self._ready = Gate(memory, offsets[0], [0], comms.waiter)
+        self._taken = [Gate(memory, offset, range(size), comms.waiter) for offset in offsets[1:3]]
+        self._bounds = [memory.array(offset, (size + 1,), np.int64) for offset in offsets[3:5]]
+        self._rows = [memory.array(offset, (capacity, width), np.int32) for offset in offsets[5:]]
+        self._next = np.empty(size, np.int64)
+        self._library = memory.library
         self._turn = 0
 
     def scatter(self, rows: NDArray[np.int32] | None, leaf: NDArray[np.int64] | None) -> NDArray[np.int32]:
         """See :meth:`Scatter.scatter`."""
-        comms, capacity = self.comms, self.capacity
-        order = np.empty(0, np.int64) if leaf is None else np.argsort(leaf, kind="stable")
+        rank, capacity = self.comms.rank, self.capacity
         mine: list[NDArray[np.int32]] = []
         first, total = 0, 1
         while first < total:
-            # Two sets take turns: one is written again only after a barrier that all its readers have reached.
+            # Two sets take turns: the root writes one again when all have taken what was there.
             self._turn = 1 - self._turn
-            bounds, room = self._bounds[self._turn], self._rows[self._turn]
+            bounds, room, taken = self._bounds[self._turn], self._rows[self._turn], self._taken[self._turn]
             if rows is not None and leaf is not None:
-                bounds[0] = 0
-                np.cumsum(np.bincount(leaf, minlength=comms.size), out=bounds[1 : comms.size + 1])
-                part = order[first : first + capacity]
-                np.take(rows, part, axis=0, out=room[: len(part)])
-            self._barrier.wait()
-            total = int(bounds[comms.size])
-            start, stop = np.clip(bounds[comms.rank : comms.rank + 2] - first, 0, capacity)
+                taken.wait()
+                self._write(bounds, room, rows, leaf, first)
+            self._ready.arrive()
+            self._ready.wait()
+            total = int(bounds[-1])
+            start = min(max(int(bounds[rank]) - first, 0), capacity)
+            stop = min(max(int(bounds[rank + 1]) - first, 0), capacity)
             mine.append(room[start:stop].copy())
+            taken.arrive()
             first += capacity
         return mine[0] if len(mine) == 1 else np.concatenate(mine)
+
+    def _write(
+        self, bounds: NDArray[np.int64], room: NDArray[np.int32], rows: NDArray[np.int32], leaf: NDArray, first: int
+    ) -> None:
+        """Where each rank's rows are, and those from ``first`` on that there is room for, in the order of the ranks."""
+        n, size, library = len(rows), self.comms.size, self._library
+        if library is not None and n <= self.capacity:
+            rows, leaf = np.ascontiguousarray(rows, np.int32), np.ascontiguousarray(leaf, np.int64)
+            arrays = (room, bounds, rows, leaf, self._next)
+            library.deal_rows(*(array.ctypes.data for array in arrays), n, 4 * self.width, size)
+            return
+        bounds[0] = 0
+        np.cumsum(np.bincount(leaf, minlength=size), out=bounds[1:])
+        part = np.argsort(leaf, kind="stable")[first : first + self.capacity]
+        np.take(rows, part, axis=0, out=room[: len(part)])
 
 
 class BatchScatter:

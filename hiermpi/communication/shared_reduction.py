@@ -7,18 +7,22 @@ has ranks. There is one copy of the parameters per node, so a broadcast inside a
 routing and ownership, the machine decides the sum.
 """
 
+import os
+
 import numpy as np
 from mpi4py import MPI
 from numpy.typing import DTypeLike, NDArray
 
 from hiermpi.communication.communicators import Communicators
 from hiermpi.communication.reduction import broadcast_spans, exchange_on_control, reduce_spans
-from hiermpi.communication.shared_memory import NodeBarrier, NodeMemory, whole_lines
-from hiermpi.hierarchy.ownership import Ownership, lanes, node_sums, spans_of
+from hiermpi.communication.shared_memory import Gate, Mailboxes, NodeMemory, laid_out, whole_lines
+from hiermpi.hierarchy.ownership import FREE, Ownership, lanes, node_sums, spans_of
 from hiermpi.model.kernels import load_kernels
 from hiermpi.model.parameters import lazy_zeros
 
 EXCHANGED_ROWS = 2
+SUMMED_ALONE = 1 << 20
+"""Bytes of a node's gradients up to which spreading their sum costs more than it saves."""
 
 
 class SharedReduction:
@@ -46,33 +50,44 @@ class SharedReduction:
         self._leaders = comms.world.Split(node.rank if carries else MPI.UNDEFINED, topology.nodes[comms.rank])
         self._lane = parts[node.rank] if carries else []
         """What this rank carries between the nodes."""
+        here = topology.ranks_of_node[topology.nodes[comms.rank]]
+        owned_by = np.array([here.index(rank) if rank in here else FREE for rank in ownership.ranks])[ownership.owners]
         summed_by = node_sums(ownership, topology, topology.nodes[comms.rank])
-        self._slices = [span for span in spans_of(ownership.bounds, summed_by) if span.owner == node.rank]
-        owned_by = np.array(ownership.ranks)[ownership.owners]
+        leaves = [rank for rank in here if topology.is_leaf(rank)]
+        n_buffers = max(len(leaves), 1)  # where nobody computes, zeros
+        stride, width = whole_lines(4 * size) // 4, np.dtype(dtype).itemsize
+        owners = sorted({0, *owned_by[owned_by >= 0].tolist()})
+        few = width * size * n_buffers <= SUMMED_ALONE or len(owners) >= (os.cpu_count() or 1)
+        if not self._several and few:
+            summed_by = owned_by
         self._sums_its_own = not self._several and bool((summed_by == owned_by).all())
         """Whether every owner sums what it owns, so that it need not wait for others' sums."""
+        self._slices = [span for span in spans_of(ownership.bounds, summed_by) if span.owner == node.rank]
         number = ownership.number(comms.rank)
+        self._owns = number is not None
         self._blocks = np.empty(0, np.int64) if number is None else ownership.blocks_of(number)
-        stride = whole_lines(4 * size) // 4
-        width, n_blocks = np.dtype(dtype).itemsize, len(ownership.owners)
-        barrier_bytes = NodeBarrier.nbytes(node.size)
-        exchanged_bytes = whole_lines(8 * EXCHANGED_ROWS * n_blocks)
-        parameters_at = barrier_bytes + exchanged_bytes
-        sums_at = parameters_at + 4 * stride
-        leaves = [rank for rank in topology.ranks_of_node[topology.nodes[comms.rank]] if topology.is_leaf(rank)]
-        n_buffers = max(len(leaves), 1)  # where nobody computes, zeros
-        memory = NodeMemory(node, sums_at + width * stride * (n_buffers + 1), comms.waiter)
-        self._barrier = NodeBarrier(memory, 0, node, comms.waiter)
-        self._exchanged = memory.array(barrier_bytes, (EXCHANGED_ROWS, n_blocks), np.float64)
-        self._parameters = memory.array(parameters_at, (stride,), np.float32)
-        self._total = memory.array(sums_at, (stride,), dtype)
-        self._buffers = memory.array(sums_at + width * stride, (n_buffers, stride), dtype)
+        members, n_blocks = range(node.size), len(ownership.owners)
+        summing = sorted({0, *summed_by[summed_by >= 0].tolist()})
+        gates = [members, members, summing, owners]
+        pieces = [*(Gate.nbytes(len(some)) for some in gates), *[Mailboxes.nbytes(node.size)] * 2]
+        pieces += [8 * EXCHANGED_ROWS * n_blocks, 4 * stride, width * stride, width * stride * n_buffers]
+        *offsets, end = laid_out(*pieces)
+        memory = NodeMemory(node, end, comms.waiter)
+        made = [Gate(memory, offset, some, comms.waiter) for offset, some in zip(offsets, gates, strict=False)]
+        self._all, self._computed, self._summed, self._owners = made
+        """Of all ranks: done with what came before, done with its gradients; of those who sum, and who own."""
+        self._sums, self._told = (Mailboxes(memory, offset) for offset in offsets[4:6])
+        self._exchanged = memory.array(offsets[6], (EXCHANGED_ROWS, n_blocks), np.float64)
+        self._parameters = memory.array(offsets[7], (stride,), np.float32)
+        self._total = memory.array(offsets[8], (stride,), dtype)
+        self._buffers = memory.array(offsets[9], (n_buffers, stride), dtype)
+        self._ran_ahead = False
+        """Whether this rank has not waited for the others' gradients of the sum before."""
         self._gradients = lazy_zeros(size, dtype)  # of a rank that never computes
         if comms.rank in leaves:
             self._gradients = self._buffers[leaves.index(comms.rank), :size]
         self._size = size
         self._kernels = load_kernels()
-        self._turn = 0
 
     def gradient_vector(self) -> NDArray:
         return self._gradients
@@ -81,24 +96,31 @@ class SharedReduction:
         return self._parameters[: self._size]
 
     def share(self, parameters: NDArray[np.float32]) -> None:
-        self._barrier.wait()
+        self._all.meet()
         if self._several:
             if self._leaders != MPI.COMM_NULL:
                 from_root = [span._replace(owner=0) for span in self._lane]
                 broadcast_spans(self.comms.waiter, self._leaders, parameters, from_root)
-            self._barrier.wait()
+            self._all.meet()
 
     def reduce(self, sums: NDArray[np.float64], gradients: NDArray) -> NDArray:
-        """Where one node's owners sum what they own, behind one barrier."""
-        boxes = self._next_mailboxes()
-        boxes[self.comms.node.rank, : len(sums)] = sums
-        self._barrier.wait()
+        """On one node nobody waits for sums but their owners; who sums nothing does not even wait for gradients."""
+        total = self._total[: self._size]
+        if self._ran_ahead:
+            self._computed.wait()
+        self._sums.put(sums)
+        self._computed.arrive()
+        self._ran_ahead = not (self._several or self._slices or self._owns)
+        if self._ran_ahead:
+            return total
+        self._computed.wait()
         for start, stop, _ in self._slices:
             self.sum_part(start, stop)
-        sums[:] = boxes[:, : len(sums)].sum(axis=0)
-        total = self._total[: self._size]
+        self._sums.sum(sums)
         if not self._sums_its_own:
-            self._barrier.wait()
+            self._summed.arrive()
+            if self._several or self._owns:
+                self._summed.wait()
         if self._several:
             if self._leaders != MPI.COMM_NULL:
                 self.comms.waiter.wait(self._leaders.Iallreduce(MPI.IN_PLACE, sums))
@@ -106,20 +128,30 @@ class SharedReduction:
             self._tell_node(sums)
         return total
 
+    def sum_everywhere(self, values: NDArray[np.float64]) -> None:
+        self._told.put(values)
+        self._all.meet()
+        self._told.sum(values)
+        if self._several:
+            if self._leaders != MPI.COMM_NULL and self.comms.node.rank == 0:
+                self.comms.waiter.wait(self._leaders.Iallreduce(MPI.IN_PLACE, values))
+            self._tell_node(values)
+
     def sum_part(self, start: int, stop: int) -> None:
         """Sum these elements over the node's gradients, waiting for nobody."""
         self._kernels.sum_buffers(self._total, self._buffers, start, stop)
 
     def exchange(self, values: NDArray[np.float64] | None) -> None:
-        """One barrier on one node, messages between the owners on several."""
+        """A barrier of the owners on one node, messages between them on several."""
         if self._several:
             exchange_on_control(self.comms, values)
             return
-        if values is not None:
+        if values is None:
+            return
+        if len(self._blocks):
             self._exchanged[: len(values), self._blocks] = values[:, self._blocks]
-        self._barrier.wait()
-        if values is not None:
-            values[:] = self._exchanged[: len(values)]
+        self._owners.meet()
+        values[:] = self._exchanged[: len(values)]
 
     def broadcast(self, verdict: NDArray[np.float64], parameters: NDArray[np.float32]) -> None:
         """The owners' nodes have the parameters already; one barrier on one node."""
@@ -137,13 +169,9 @@ class SharedReduction:
 
     def _tell_node(self, values: NDArray[np.float64]) -> None:
         """Give every rank of the node the numbers of the first, behind a barrier."""
-        boxes = self._next_mailboxes()
         if self.comms.node.rank == 0:
-            boxes[0, : len(values)] = values
-        self._barrier.wait()
-        values[:] = boxes[0, : len(values)]
-
-    def _next_mailboxes(self) -> NDArray[np.float64]:
-        """Two sets take turns: a set is written again only after a barrier that all its readers have reached."""
-        self._turn = 1 - self._turn
-        return self._barrier.mailboxes[self._turn]
+            self._told.put(values)
+        else:
+            self._told.turn()
+        self._all.meet()
+        self._told.get(values)

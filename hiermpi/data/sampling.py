@@ -57,6 +57,8 @@ class Sampler:
             starts.append(self._offset + part * self.context_length)
             cursor += len(part)
             batch_size -= len(part)
+        if len(ids) == 1:
+            return Draw(ids[0], starts[0])
         return Draw(np.concatenate(ids), np.concatenate(starts))
 
     def _enter(self, epoch: int) -> None:

@@ -1,63 +1,106 @@
-/* The loops of routing. balance is the inner loop of transport.py, step for step: it chooses the same moves, ties
- * included. */
+/* The loops of routing and of reading a batch. balance is the inner loop of transport.py, step for step: it chooses the
+ * same moves, ties included. */
 
 #include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
 
 #define NEVER ((int64_t)1 << 60)
+#define FAR (1 << 29)     /* the same here: the sum of two is still an int32 */
+#define LARGEST (1 << 26) /* sums of losses along any path stay below it, so that comparing them is comparing int64s */
+#define LANES 16          /* columns of losses in work at once */
+
+typedef int32_t vec __attribute__((vector_size(16)));
 
 typedef struct {
-    const int64_t *affinity; /* (n, bins) */
-    const int64_t *capacity; /* (bins,) */
-    int64_t *place;          /* (n,) */
-    int64_t *load, *idle;    /* (bins,) */
-    int64_t *loss;           /* (bins, bins) */
-    long n, bins;
+    int32_t *worth;         /* (n, wide): the affinity, in rows of whole LANES */
+    uint64_t *inside;       /* (bins, words): a bit for each unit of a bin, so that units are met in their order */
+    const int64_t *capacity;
+    int64_t *place;         /* (n,) */
+    int64_t *load, *idle;   /* (bins,) */
+    int32_t *loss;          /* (bins, wide) */
+    int32_t *distance, *shorter, *through; /* (wide,) */
+    int64_t *previous, *path;              /* (bins,) */
+    long n, bins, wide, words;
 } State;
 
+static vec smaller(vec a, vec b) {
+    const vec is = a < b;
+    return (a & is) | (b & ~is);
+}
+
+static vec loaded(const int32_t *from) {
+    vec v;
+    memcpy(&v, from, sizeof v);
+    return v;
+}
+
+/* Runs the statement that follows for each unit i of a bin. */
+#define FOR_UNITS(s, bin)                              \
+    for (long word_ = 0; word_ < (s)->words; word_++) \
+        for (uint64_t left_ = (s)->inside[(bin) * (s)->words + word_], i = 0; \
+             left_ && (i = 64 * word_ + __builtin_ctzll(left_), 1); left_ &= left_ - 1)
+
 static void update_loss(const State *s, long bin) {
-    int64_t *loss = s->loss + bin * s->bins;
-    for (long j = 0; j < s->bins; j++) loss[j] = s->idle[bin] ? 0 : NEVER;
-    for (long i = 0; i < s->n; i++) {
-        if (s->place[i] != bin) continue;
-        const int64_t *worth = s->affinity + i * s->bins;
-        for (long j = 0; j < s->bins; j++) {
-            const int64_t lost = worth[bin] - worth[j];
-            if (lost < loss[j]) loss[j] = lost;
+    const int32_t first = s->idle[bin] ? 0 : FAR;
+    for (long j = 0; j < s->wide; j += LANES) {
+        vec a = {first, first, first, first}, b = a, c = a, d = a;
+        FOR_UNITS(s, bin) {
+            const int32_t *worth = s->worth + i * s->wide, own = worth[bin];
+            const vec all = {own, own, own, own};
+            a = smaller(all - loaded(worth + j), a);
+            b = smaller(all - loaded(worth + j + 4), b);
+            c = smaller(all - loaded(worth + j + 8), c);
+            d = smaller(all - loaded(worth + j + 12), d);
         }
+        const vec parts[] = {a, b, c, d};
+        memcpy(s->loss + bin * s->wide + j, parts, sizeof parts);
     }
 }
 
 /* Bellman-Ford, all bins at once per round, as numpy does it. */
-static void shortest_paths(const State *s, int64_t *distance, int64_t *previous, int64_t *shorter, int64_t *through) {
+static void shortest_paths(const State *s) {
+    int32_t *distance = s->distance, *shorter = s->shorter, *through = s->through;
     for (int better = 1; better;) {
         better = 0;
-        for (long j = 0; j < s->bins; j++) shorter[j] = INT64_MAX;
+        for (long j = 0; j < s->wide; j++) shorter[j] = INT32_MAX;
         for (long i = 0; i < s->bins; i++) {
-            const int64_t *loss = s->loss + i * s->bins, base = distance[i];
-            if (base == NEVER) continue;
-            for (long j = 0; j < s->bins; j++) {
-                const int64_t length = base + loss[j];
-                through[j] = length < shorter[j] ? i : through[j];
-                shorter[j] = length < shorter[j] ? length : shorter[j];
+            const int32_t *loss = s->loss + i * s->wide, base = distance[i];
+            if (base == FAR) continue;
+            const vec from = {base, base, base, base}, here = {i, i, i, i};
+            for (long j = 0; j < s->wide; j += 4) {
+                const vec length = from + loaded(loss + j), least = loaded(shorter + j), is = length < least;
+                const vec now = (length & is) | (least & ~is), by = (here & is) | (loaded(through + j) & ~is);
+                memcpy(shorter + j, &now, sizeof now);
+                memcpy(through + j, &by, sizeof by);
             }
         }
         for (long j = 0; j < s->bins; j++) {
             if (shorter[j] >= distance[j]) continue;
             better = 1;
             distance[j] = shorter[j];
-            previous[j] = through[j];
+            s->previous[j] = through[j];
         }
     }
 }
 
+static void put(const State *s, long i, long bin) {
+    const uint64_t bit = (uint64_t)1 << (i % 64);
+    s->inside[s->place[i] * s->words + i / 64] &= ~bit;
+    s->inside[bin * s->words + i / 64] |= bit;
+    s->place[i] = bin;
+}
+
+/* Put up to `most` of the units that are tied for the loss of an edge into `destination`; how many there are. */
 static int64_t tied(const State *s, long source, long target, int64_t most, long destination) {
-    const int64_t loss = s->loss[source * s->bins + target];
+    const int32_t loss = s->loss[source * s->wide + target];
     int64_t count = 0;
-    for (long i = 0; i < s->n && count < most; i++) {
-        const int64_t *worth = s->affinity + i * s->bins;
-        if (s->place[i] != source || worth[source] - worth[target] != loss) continue;
-        s->place[i] = destination;
-        count++;
+    if (most <= 0) return 0;
+    FOR_UNITS(s, source) {
+        const int32_t *worth = s->worth + i * s->wide;
+        if (worth[source] - worth[target] != loss) continue;
+        if (destination != source) put(s, i, destination);
+        if (++count == most) return count;
     }
     return count;
 }
@@ -66,13 +109,13 @@ static int64_t tied(const State *s, long source, long target, int64_t most, long
 static void move(const State *s, const int64_t *path, long length, int64_t amount) {
     for (long k = 0; k < length; k++) {
         const long target = path[k], source = path[k + 1];
-        const int64_t idle = s->loss[source * s->bins + target] == 0 ? s->idle[source] : 0;
+        const int64_t idle = s->loss[source * s->wide + target] == 0 ? s->idle[source] : 0;
         const int64_t movable = tied(s, source, target, amount, source) + idle;
         if (movable < amount) amount = movable;
     }
     for (long k = 0; k < length; k++) { /* the last edge first: nothing that has moved is met again */
         const long target = path[k], source = path[k + 1];
-        int64_t idle = s->loss[source * s->bins + target] == 0 ? s->idle[source] : 0;
+        int64_t idle = s->loss[source * s->wide + target] == 0 ? s->idle[source] : 0;
         if (idle > amount) idle = amount;
         const int64_t moved = tied(s, source, target, amount - idle, target);
         s->load[source] -= moved;
@@ -83,20 +126,15 @@ static void move(const State *s, const int64_t *path, long length, int64_t amoun
     for (long k = 0; k <= length; k++) update_loss(s, path[k]);
 }
 
-/* work: (bins * (bins + 5),) */
-void balance(const int64_t *affinity, const int64_t *capacity, int64_t *place, int64_t *load, int64_t *idle,
-             int64_t *work, long n, long bins) {
-    int64_t *distance = work + bins * bins, *previous = distance + bins, *shorter = previous + bins;
-    int64_t *through = shorter + bins, *path = through + bins;
-    const State s = {affinity, capacity, place, load, idle, work, n, bins};
-    for (long bin = 0; bin < bins; bin++) update_loss(&s, bin);
+static void settle(const State *s) {
+    for (long bin = 0; bin < s->bins; bin++) update_loss(s, bin);
     for (;;) {
         long fullest = -1, emptiest = 0;
         int64_t room = INT64_MAX;
-        for (long bin = 0; bin < bins; bin++) {
-            const int64_t excess = load[bin] + idle[bin] - capacity[bin];
-            distance[bin] = excess > 0 ? 0 : NEVER;
-            previous[bin] = -1;
+        for (long bin = 0; bin < s->bins; bin++) {
+            const int64_t excess = s->load[bin] + s->idle[bin] - s->capacity[bin];
+            s->distance[bin] = excess > 0 ? 0 : FAR;
+            s->previous[bin] = -1;
             if (excess > 0) fullest = bin;
             if (excess < room) {
                 room = excess;
@@ -104,27 +142,129 @@ void balance(const int64_t *affinity, const int64_t *capacity, int64_t *place, i
             }
         }
         if (fullest < 0) return;
-        shortest_paths(&s, distance, previous, shorter, through);
+        shortest_paths(s);
         long length = 0;
-        path[0] = emptiest;
-        while (previous[path[length]] >= 0) {
-            path[length + 1] = previous[path[length]];
+        s->path[0] = emptiest;
+        while (s->previous[s->path[length]] >= 0) {
+            s->path[length + 1] = s->previous[s->path[length]];
             length++;
         }
-        const long first = path[length];
-        const int64_t excess = load[first] + idle[first] - capacity[first];
-        move(&s, path, length, excess < -room ? excess : -room);
+        const long first = s->path[length];
+        const int64_t excess = s->load[first] + s->idle[first] - s->capacity[first];
+        move(s, s->path, length, excess < -room ? excess : -room);
     }
 }
 
-/* counts (n, groups): tokens of each group in each row of tokens, whose rows are `stride` apart; below 0 is padding. */
-void count_groups(int64_t *counts, const int32_t *tokens, const int64_t *group_of_token, long n, long length,
-                  long stride, long groups) {
+/* The bins that units prefer at no prices, and idle units where there is room: _Assignment at prices of 0. */
+static void choose(const int32_t *affinity, const int64_t *capacity, int64_t *place, int64_t *load, int64_t *idle,
+                   long n, long bins) {
+    int64_t left = -n;
+    memset(load, 0, bins * sizeof *load);
     for (long i = 0; i < n; i++) {
-        int64_t *row = counts + i * groups;
+        const int32_t *worth = affinity + i * bins;
+        long best = 0;
+        for (long j = 1; j < bins; j++) best = worth[j] > worth[best] ? j : best;
+        place[i] = best;
+        load[best]++;
+    }
+    for (long j = 0; j < bins; j++) left += capacity[j];
+    for (long j = 0; j < bins; j++) {
+        const int64_t room = capacity[j] > load[j] ? capacity[j] - load[j] : 0;
+        idle[j] = room < left ? room : left;
+        left -= idle[j];
+    }
+}
+
+/* Everything is as in _Assignment; `loss` (bins, bins) is written. With `fresh`, place, load and idle are chosen first.
+ * 0 where values are too large for this form, or memory is short: then nothing has changed. */
+int balance(const int32_t *affinity, const int64_t *capacity, int64_t *place, int64_t *load, int64_t *idle,
+            int64_t *loss, long n, long bins, long fresh) {
+    for (long k = 0; k < n * bins; k++)
+        if (affinity[k] < 0 || affinity[k] > LARGEST / bins) return 0;
+    const long wide = (bins + LANES - 1) / LANES * LANES, words = (n + 63) / 64;
+    char *work = calloc(1, 8 * (bins * words + 2 * bins) + 4 * wide * (n + bins + 3));
+    if (!work) return 0;
+    State s = {.capacity = capacity, .place = place, .load = load, .idle = idle};
+    s.n = n, s.bins = bins, s.wide = wide, s.words = words;
+    s.inside = (uint64_t *)work;
+    s.previous = (int64_t *)(s.inside + bins * words), s.path = s.previous + bins;
+    s.worth = (int32_t *)(s.path + bins), s.loss = s.worth + n * wide;
+    s.distance = s.loss + bins * wide, s.shorter = s.distance + wide, s.through = s.shorter + wide;
+    if (fresh) choose(affinity, capacity, place, load, idle, n, bins);
+    for (long i = 0; i < n; i++) {
+        memcpy(s.worth + i * wide, affinity + i * bins, 4 * bins);
+        s.inside[place[i] * words + i / 64] |= (uint64_t)1 << (i % 64);
+    }
+    settle(&s);
+    for (long k = 0; k < bins * bins; k++) {
+        const int32_t found = s.loss[k / bins * wide + k % bins];
+        loss[k] = found == FAR ? NEVER : found;
+    }
+    free(work);
+    return 1;
+}
+
+/* Where the sequences of each unit go: leaf and bin (n,), each bin's leaves in turn. Leaves of bin b are
+ * leaves[bounds[b]] to leaves[bounds[b + 1]]. totals: the counts (n, bins) of all bins, and of those chosen. */
+void deal(int64_t *leaf, int64_t *bin, int64_t *totals, const int32_t *counts, const int64_t *unit_bin,
+          const int64_t *leaves, const int64_t *bounds, int64_t *turn, long n, long unit, long bins) {
+    totals[0] = totals[1] = 0;
+    for (long b = 0; b < bins; b++) turn[b] = bounds[b];
+    for (long first = 0; first < n; first += unit) {
+        const int64_t chosen = unit_bin[first / unit], rank = leaves[turn[chosen]];
+        if (++turn[chosen] == bounds[chosen + 1]) turn[chosen] = bounds[chosen];
+        for (long i = first; i < n && i < first + unit; i++) {
+            leaf[i] = rank;
+            bin[i] = chosen;
+            totals[1] += counts[i * bins + chosen];
+            for (long b = 0; b < bins; b++) totals[0] += counts[i * bins + b];
+        }
+    }
+}
+
+/* counts (n, bins): tokens of each group in each row of tokens, whose rows are `stride` apart; below 0 is padding. */
+void count_groups(int32_t *counts, const int32_t *tokens, const uint8_t *group_of_token, long n, long length,
+                  long stride, long bins) {
+    for (long i = 0; i < n; i++) {
+        int32_t *row = counts + i * bins;
         for (long t = 0; t < length; t++) {
             const int32_t token = tokens[i * stride + t];
             if (token >= 0) row[group_of_token[token]]++;
         }
     }
 }
+
+#define AHEAD 4   /* sequences whose tokens are on their way from memory */
+#define TABLES 4  /* a group that comes again at once does not wait for its count */
+
+/* The rows (n, 2 + length) of the sequences that begin at each of starts (n,), and the counts (n, bins) of their groups
+ * but for the last token. */
+#define READ_ROWS(NAME, TYPE)                                                                                     \
+    void NAME(int32_t *rows, int32_t *counts, const TYPE *tokens, const int64_t *ids, const int64_t *starts,    \
+              const int32_t *row_of_token, const uint8_t *group_of_token, long n, long length, long bins) {       \
+        for (long i = -AHEAD; i < n; i++) {                                                                       \
+            if (i + AHEAD < n) {                                                                                  \
+                const char *next = (const char *)(tokens + starts[i + AHEAD]);                                    \
+                for (size_t at = 0; at < length * sizeof(TYPE); at += 64) __builtin_prefetch(next + at);          \
+            }                                                                                                     \
+            if (i < 0) continue;                                                                                  \
+            const TYPE *from = tokens + starts[i];                                                                \
+            int32_t *row = rows + i * (2 + length), of[TABLES][256];                                              \
+            for (long k = 0; k < TABLES; k++) memset(of[k], 0, bins * sizeof **of);                               \
+            memcpy(row, ids + i, sizeof *ids);                                                                    \
+            long t = 0;                                                                                           \
+            for (; t + TABLES < length; t += TABLES)                                                              \
+                for (long k = 0; k < TABLES; k++) {                                                               \
+                    row[2 + t + k] = row_of_token[from[t + k]];                                                   \
+                    of[k][group_of_token[from[t + k]]]++;                                                         \
+                }                                                                                                 \
+            for (; t < length; t++) {                                                                             \
+                row[2 + t] = row_of_token[from[t]];                                                               \
+                if (t < length - 1) of[0][group_of_token[from[t]]]++;                                             \
+            }                                                                                                     \
+            for (long b = 0; b < bins; b++) counts[i * bins + b] = of[0][b] + of[1][b] + of[2][b] + of[3][b];     \
+        }                                                                                                         \
+    }
+
+READ_ROWS(read_rows16, uint16_t)
+READ_ROWS(read_rows32, uint32_t)

@@ -13,7 +13,11 @@ def compiled_loops() -> ctypes.CDLL | None:
     library = built_library(Path(__file__).parent, "_loops")
     if library is None:
         return None
-    library.balance.argtypes = [*[ctypes.c_void_p] * 6, ctypes.c_long, ctypes.c_long]
-    library.count_groups.argtypes = [*[ctypes.c_void_p] * 3, *[ctypes.c_long] * 4]
-    library.balance.restype = library.count_groups.restype = None
+    address, number = ctypes.c_void_p, ctypes.c_long
+    library.balance.argtypes, library.balance.restype = [*[address] * 6, *[number] * 3], ctypes.c_int
+    library.deal.argtypes = [*[address] * 8, *[number] * 3]
+    library.count_groups.argtypes = [*[address] * 3, *[number] * 4]
+    library.read_rows16.argtypes = library.read_rows32.argtypes = [*[address] * 7, *[number] * 3]
+    for name in ("deal", "count_groups", "read_rows16", "read_rows32"):
+        getattr(library, name).restype = None
     return library

@@ -56,7 +56,12 @@ class Router:
         self.topology = topology
         self.mode = mode
         self.unit_size = unit_size
-        self.group_of_token = topology.group_of_class[group_of_token]
+        self.group_of_token = topology.group_of_class[group_of_token].astype(np.uint8)
+        self.n_bins = topology.n_groups + 1
+        """Of the counts: the groups, and the root's bin, which no token belongs to."""
+        self._leaves = np.array([len(members) for members in topology.bins])
+        self._ranks = np.array([rank for members in topology.bins for rank in members], np.int64)
+        self._bounds = np.cumsum([0, *self._leaves])
         weight = np.bincount(self.group_of_token, weights=counts, minlength=max(topology.n_groups, 1))
         self.frequency = weight / max(weight.sum(), 1.0)
         self.loads = np.zeros(topology.n_groups + 1, np.int64)
@@ -67,19 +72,28 @@ class Router:
 
     def route(self, tokens: NDArray[np.int32]) -> Routing:
         """Route the (B, T) token ids of one batch; entries below 0 are padding."""
-        n = len(tokens)
-        topology = self.topology
-        if topology.size == 1:
-            count = int((tokens >= 0).sum())
-            return Routing(np.zeros(n, np.int64), np.zeros(n, np.int64), count, count)
-        affinity = self.affinity(tokens)
-        units = np.add.reduceat(affinity, np.arange(0, n, self.unit_size), axis=0)
+        if self.topology.size > 1:
+            return self.route_counts(self.counts(tokens))
+        n, count = len(tokens), int((tokens >= 0).sum())
+        return Routing(np.zeros(n, np.int64), np.zeros(n, np.int64), count, count)
+
+    def route_counts(self, counts: NDArray[np.int32]) -> Routing:
+        """Route sequences by their (B, bins) :meth:`counts`, on two ranks or more."""
+        n, unit = len(counts), self.unit_size
+        units = counts if unit == 1 else np.add.reduceat(counts, np.arange(0, n, unit), axis=0)
         unit_bin = self._bins(units)
-        unit_leaf = leaves_in_turn(unit_bin, topology.bins)
-        unit_of = np.arange(n) // self.unit_size
+        loops = compiled_loops()
+        if loops is not None:
+            leaf, bins, totals = np.empty(n, np.int64), np.empty(n, np.int64), np.empty(2, np.int64)
+            unit_bin = np.ascontiguousarray(unit_bin, np.int64)
+            counts = np.ascontiguousarray(counts, np.int32)
+            arrays = (leaf, bins, totals, counts, unit_bin, self._ranks, self._bounds, np.empty(self.n_bins, np.int64))
+            loops.deal(*(array.ctypes.data for array in arrays), n, unit, self.n_bins)
+            return Routing(leaf, bins, int(totals[0]), int(totals[1]))
+        unit_of = np.arange(n) // unit
         chosen = unit_bin[unit_of]
-        own = np.append(affinity, np.zeros((n, 1), np.int64), axis=1)[np.arange(n), chosen]
-        return Routing(unit_leaf[unit_of], chosen, int(affinity.sum()), int(own.sum()))
+        own = counts[np.arange(n), chosen]
+        return Routing(leaves_in_turn(unit_bin, self.topology.bins)[unit_of], chosen, int(counts.sum()), int(own.sum()))
 
     def record(self, routing: Routing) -> None:
         """Count the batch into :attr:`loads`: called once per committed step."""
@@ -87,31 +101,33 @@ class Router:
         self.tokens += routing.tokens
         self.own_tokens += routing.own_tokens
 
-    def affinity(self, tokens: NDArray[np.int32]) -> NDArray[np.int64]:
+    def affinity(self, tokens: NDArray[np.int32]) -> NDArray[np.int32]:
         """(B, G) number of tokens of each group in each sequence."""
-        n, groups = len(tokens), self.topology.n_groups
+        return self.counts(tokens)[:, :-1]
+
+    def counts(self, tokens: NDArray[np.int32]) -> NDArray[np.int32]:
+        """(B, G + 1) the same, and the root's bin."""
+        n, bins = len(tokens), self.n_bins
         loops = compiled_loops()
         if loops is not None and tokens.dtype == np.int32 and tokens.strides[1:] == (4,):
-            counts = np.zeros((n, groups), np.int64)
+            counts = np.zeros((n, bins), np.int32)
             arrays = (counts, tokens, self.group_of_token)
-            loops.count_groups(*(a.ctypes.data for a in arrays), n, tokens.shape[1], tokens.strides[0] // 4, groups)
+            loops.count_groups(*(a.ctypes.data for a in arrays), n, tokens.shape[1], tokens.strides[0] // 4, bins)
             return counts
-        cell = self.group_of_token[tokens]  # of padding that of some token, taken out below
-        cell += groups * np.arange(n)[:, None]
+        cell = bins * np.arange(n)[:, None] + self.group_of_token[tokens]  # of padding some token's, taken out below
         present = tokens >= 0
         counted = cell.reshape(-1) if present.all() else cell[present]
-        return np.bincount(counted, minlength=n * groups).reshape(n, groups)
+        return np.bincount(counted, minlength=n * bins).astype(np.int32).reshape(n, bins)
 
-    def _bins(self, affinity: NDArray[np.int64]) -> NDArray[np.int64]:
+    def _bins(self, counts: NDArray[np.int32]) -> NDArray[np.int64]:
+        """(n,) bin of each unit."""
         if self.mode == "dominant":
-            return affinity.argmax(axis=1)
+            return counts[:, :-1].argmax(axis=1)
         if self.mode == "lift":
             expected = np.where(self.frequency > 0, self.frequency, 1.0)
-            return (affinity / expected).argmax(axis=1)
-        leaves = np.array([len(members) for members in self.topology.bins])
-        per_leaf = -(-len(affinity) // leaves.sum())
-        with_root = np.append(affinity, np.zeros((len(affinity), 1), np.int64), axis=1)
-        return assign(with_root, leaves * per_leaf).astype(np.int64)
+            return (counts[:, :-1] / expected).argmax(axis=1)
+        per_leaf = -(-len(counts) // len(self._ranks))
+        return assign(counts, self._leaves * per_leaf)
 
 
 def leaves_in_turn(bins: NDArray[np.integer], leaves: Sequence[Sequence[int]]) -> NDArray[np.int64]:

@@ -28,11 +28,13 @@ SAMPLING = 4
 """Units for each one in the sample that prices come from."""
 FEW = 256
 """Units for which moving them all is faster than finding prices first, where step 2 is compiled."""
+FITTING = 1 << 31
+"""Affinities below it are int32 in the compiled form, which looks more closely itself."""
 NEVER = 1 << 60
 """Loss of a move that is not there; the sum of two is still an int64."""
 
 
-def assign(affinity: Integers, capacity: Integers) -> NDArray[np.intp]:
+def assign(affinity: NDArray[np.integer], capacity: Integers) -> NDArray[np.intp]:
     """Bin of each unit, maximising the total affinity with no bin above its capacity.
 
     Args:
@@ -51,10 +53,32 @@ def assign(affinity: Integers, capacity: Integers) -> NDArray[np.intp]:
         raise ValueError(f"{n} units do not fit into a capacity of {room}")
     if n == 0:
         return np.zeros(0, np.intp)
-    return _solve(affinity, np.minimum(capacity, n)).place
+    capacity = np.minimum(capacity, n)
+    if n <= FEW:
+        place, load, idle = np.empty(n, np.int64), *np.empty((2, len(capacity)), np.int64)
+        if _balance_compiled(affinity, capacity, place, load, idle, fresh=True) is not None:
+            return place
+    return _solve(affinity, capacity).place
 
 
-def _solve(affinity: Integers, capacity: Integers) -> "_Assignment":
+def _balance_compiled(
+    affinity: NDArray[np.integer], capacity: Integers, place: Integers, load: Integers, idle: Integers, fresh: bool
+) -> Integers | None:
+    """:meth:`_Assignment.balance` of its attributes; the losses, or None where there is no compiled form for them.
+
+    With ``fresh``, place, load and idle are first set to what they are at prices of 0.
+    """
+    loops = compiled_loops()
+    if loops is None or (affinity.dtype != np.int32 and affinity.max() >= FITTING):
+        return None
+    n, bins = affinity.shape
+    loss = np.empty((bins, bins), np.int64)
+    affinity, capacity = np.ascontiguousarray(affinity, np.int32), np.ascontiguousarray(capacity, np.int64)
+    arrays = (affinity, capacity, place, load, idle, loss)
+    return loss if loops.balance(*(array.ctypes.data for array in arrays), n, bins, fresh) else None
+
+
+def _solve(affinity: NDArray[np.integer], capacity: Integers) -> "_Assignment":
     """The best assignment of one unit or more; arguments as in :func:`assign`, no capacity above n."""
     n, bins = affinity.shape
     prices = np.zeros(bins, np.int64)
@@ -70,7 +94,7 @@ def _solve(affinity: Integers, capacity: Integers) -> "_Assignment":
     return assignment
 
 
-def _descend(affinity: Integers, capacity: Integers, prices: Integers) -> None:
+def _descend(affinity: NDArray[np.integer], capacity: Integers, prices: Integers) -> None:
     """Set each of the prices in turn so that as many units prefer its bin as the bin may hold."""
     n, bins = affinity.shape
     idle = int(capacity.sum()) - n
@@ -103,7 +127,7 @@ class _Assignment:
         prices: (bins,) under which the units choose their bins, whatever the loads.
     """
 
-    def __init__(self, affinity: Integers, capacity: Integers, prices: Integers) -> None:
+    def __init__(self, affinity: NDArray[np.integer], capacity: Integers, prices: Integers) -> None:
         bins = len(capacity)
         self.affinity = np.ascontiguousarray(affinity, np.int64)
         self.capacity = np.ascontiguousarray(capacity, np.int64)
@@ -118,13 +142,9 @@ class _Assignment:
 
     def balance(self) -> None:
         """Move units until no bin is above its capacity; each path takes at least one from a bin that is."""
-        loops = compiled_loops()
-        if loops is not None:
-            n, bins = self.affinity.shape
-            work = np.empty(bins * (bins + 5), np.int64)
-            arrays = (self.affinity, self.capacity, self.place, self.load, self.idle, work)
-            loops.balance(*(array.ctypes.data for array in arrays), n, bins)
-            self.loss = work[: bins * bins].reshape(bins, bins)
+        loss = _balance_compiled(self.affinity, self.capacity, self.place, self.load, self.idle, fresh=False)
+        if loss is not None:
+            self.loss = loss
             return
         for bin_ in range(len(self.capacity)):
             self._update_loss(bin_)

@@ -101,8 +101,9 @@ class Optimizer:
             losses = self._lattice.add_gradient(out, table, self.coupling * n_tokens, self._classes)
             for index, block in self._first_of_class.items():
                 findings[1, block] = losses[index] / n_tokens
-        block_sums(gradients, self._bounds, self._sums, self.kernels)
-        findings[0, self._own] = self._sums
+        if self.spans:
+            block_sums(gradients, self._bounds, self._sums, self.kernels)
+            findings[0, self._own] = self._sums
         return findings
 
     def update(self, gradients: NDArray[np.float32], n_tokens: int, norm: float, step: int) -> None:
@@ -117,6 +118,8 @@ class Optimizer:
         if not isfinite(norm):
             raise ValueError(f"gradient norm is {norm}: such a step must be skipped")
         self.count += 1
+        if not self.spans:  # a root that only coordinates
+            return
         vector = self.parameters.vector
         adamw_update(
             vector,

@@ -113,6 +113,11 @@ class TokenDataset:
         rows = [self._block(tokens, start, start + length) for start in starts]
         return np.array(rows, np.int32).reshape(len(starts), length)
 
+    def in_memory(self, split: str) -> NDArray[np.unsignedinteger] | None:
+        """All token ids of ``split`` as they are stored, where they are held in memory."""
+        tokens = self._tokens[split]
+        return tokens if isinstance(tokens, np.ndarray) else None
+
     @property
     def kept_bytes(self) -> int:
         """Bytes of tokens that are held in memory."""

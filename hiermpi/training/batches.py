@@ -1,12 +1,12 @@
 """The root's side of a batch: draw, read, route, map to rows; and a leaf's side: rows to micro-batches."""
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hiermpi.data.rows import pack_rows, unpack_rows
+from hiermpi.data.rows import RowReader, pack_rows, unpack_rows
 from hiermpi.data.sampling import Sampler, evaluation_windows
 from hiermpi.hierarchy.routing import Router, Routing
 from hiermpi.model.contract import IGNORED_TARGET, Batch
@@ -20,6 +20,15 @@ class TokenSource(Protocol):
 
     def read(self, split: str, starts: NDArray[np.int64], length: int) -> NDArray[np.int32]:
         """(len(starts), length) token ids of ``split``."""
+
+
+@runtime_checkable
+class KeptTokens(Protocol):
+    """A dataset that may hold a split in memory."""
+
+    def in_memory(self, split: str) -> NDArray[np.unsignedinteger] | None:
+        """All token ids of ``split`` as they are stored; None where they are on disk."""
+
 
 
 @dataclass(frozen=True)
@@ -58,6 +67,10 @@ class BatchSource:
         self.row_of_token = row_of_token.astype(np.int32)
         self.batch_size = batch_size
         self._ready: PreparedBatch | None = None
+        kept = tokens.in_memory("train") if isinstance(tokens, KeptTokens) else None
+        self._reader, length = None, sampler.context_length + 1
+        if kept is not None and router.topology.size > 1:
+            self._reader = RowReader(kept, length, self.row_of_token, router.group_of_token, router.n_bins)
 
     def take(self, cursor: int) -> PreparedBatch:
         """The batch at ``cursor``; at once if :meth:`prepare` was called for it."""
@@ -70,9 +83,13 @@ class BatchSource:
         if self._ready is not None and self._ready.cursor == cursor:
             return
         drawn = self.sampler.draw(cursor, self.batch_size)
-        tokens = self.tokens.read("train", drawn.starts, self.sampler.context_length + 1)
-        routing = self.router.route(tokens[:, :-1])
-        rows = pack_rows(drawn.sequence_ids, self.row_of_token[tokens])
+        if self._reader is not None:
+            rows, counts = self._reader.read(drawn)
+            routing = self.router.route_counts(counts)
+        else:
+            tokens = self.tokens.read("train", drawn.starts, self.sampler.context_length + 1)
+            routing = self.router.route(tokens[:, :-1])
+            rows = pack_rows(drawn.sequence_ids, self.row_of_token[tokens])
         self._ready = PreparedBatch(cursor, cursor + len(rows), rows, routing)
 
 

@@ -6,7 +6,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hiermpi.communication.communicators import Communicators
-from hiermpi.communication.reduction import allreduce_small
 from hiermpi.communication.scatter import Scatter
 from hiermpi.hierarchy.routing import even_leaves
 from hiermpi.model.contract import Model
@@ -21,6 +20,7 @@ class Evaluator:
         model: on every rank, with equal parameters.
         comms: the hierarchy.
         scatter: delivers rows.
+        sum_everywhere: of a few numbers, over all ranks (:meth:`Reduction.sum_everywhere`).
         source: at the root the windows; None elsewhere.
         batch_size: windows per exchange, rounded up to whole units for each leaf.
         stop_requested: asked after each exchange; when any rank says yes, all give up.
@@ -31,6 +31,7 @@ class Evaluator:
         model: Model,
         comms: Communicators,
         scatter: Scatter,
+        sum_everywhere: Callable[[NDArray[np.float64]], None],
         source: EvaluationSource | None,
         batch_size: int,
         stop_requested: Callable[[], bool] = lambda: False,
@@ -38,12 +39,13 @@ class Evaluator:
         self.model = model
         self.comms = comms
         self.scatter = scatter
+        self.sum_everywhere = sum_everywhere
         self.source = source
         per_leaf = -(-batch_size // (comms.topology.n_leaves * EVALUATION_UNIT))
         self.batch_size = per_leaf * comms.topology.n_leaves * EVALUATION_UNIT
         self.stop_requested = stop_requested
         windows = np.array([0 if source is None else len(source)], np.float64)
-        allreduce_small(comms, windows)
+        sum_everywhere(windows)
         self.n_windows = int(windows[0])
 
     def evaluate(self) -> Evaluation | None:
@@ -57,7 +59,7 @@ class Evaluator:
                 units = -(-len(rows) // EVALUATION_UNIT)
                 leaf = np.repeat(even_leaves(units, self.comms.topology), EVALUATION_UNIT)[: len(rows)]
             sums = self._loss(self.scatter.scatter(rows, leaf))
-            allreduce_small(self.comms, sums)
+            self.sum_everywhere(sums)
             if sums[2]:
                 return None
             total += sums[:2]

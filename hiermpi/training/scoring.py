@@ -1,6 +1,7 @@
 """A checkpoint against a dataset: what ``hiermpi evaluate`` does, alone or on ranks."""
 
 import logging
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -40,7 +41,7 @@ def score_together(source: Path, data: Path, split: str, world: "MPI.Comm") -> d
     """The same, computed by all ranks; the result is whole on rank 0. Collective over ``world``."""
     from hiermpi.communication.communicators import Communicators
     from hiermpi.communication.objects import agree, broadcast_object
-    from hiermpi.communication.reduction import hand_down
+    from hiermpi.communication.reduction import allreduce_small, hand_down
     from hiermpi.communication.scatter import BatchScatter
     from hiermpi.communication.waiting import Waiter
     from hiermpi.data.rows import ID_COLUMNS
@@ -60,7 +61,8 @@ def score_together(source: Path, data: Path, split: str, world: "MPI.Comm") -> d
     hand_down(comms, model.parameters.vector)
     scatter = BatchScatter(comms, ID_COLUMNS + config.context_length + 1)
     windows = windows_of(scored, split) if scored else None
-    evaluation = Evaluator(model, comms, scatter, windows, 32 * comms.topology.n_leaves).evaluate()
+    summing = partial(allreduce_small, comms)
+    evaluation = Evaluator(model, comms, scatter, summing, windows, 32 * comms.topology.n_leaves).evaluate()
     comms.free()
     return result_of(evaluation, scored, split) if scored and evaluation else {}
 

@@ -227,6 +227,7 @@ class Session:
             self.model,
             comms,
             scatter,
+            self.reduction.sum_everywhere,
             self._evaluation_source(),
             max(config.train.batch_size, comms.topology.n_leaves),
             self.stopping.requested,

@@ -116,3 +116,21 @@ def test_the_compiled_count_is_the_numpy_one(monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(routing, "compiled_loops", lambda: None)
             np.testing.assert_array_equal(compiled, router.affinity(part))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("unit_size", [1, 4])
+@pytest.mark.parametrize("coordinators", ["compute", "dedicated"])
+def test_the_compiled_dealing_is_the_numpy_one(coordinators, unit_size, mode, monkeypatch):
+    if routing.compiled_loops() is None:
+        pytest.skip("loops.c was not built")
+    router = make_router(30, mode, coordinators, unit_size=unit_size)
+    for batch in (1, 4, 77):
+        counts = router.counts(np.random.default_rng(batch).integers(-1, 50, (batch, 20)).astype(np.int32))
+        compiled = router.route_counts(counts)
+        with monkeypatch.context() as patch:
+            patch.setattr(routing, "compiled_loops", lambda: None)
+            plain = router.route_counts(counts)
+        assert np.array_equal(compiled.leaf, plain.leaf)
+        assert np.array_equal(compiled.bin, plain.bin)
+        assert compiled[2:] == plain[2:]

@@ -201,3 +201,37 @@ def test_the_compiled_form_makes_the_same_moves(largest, monkeypatch):
                 made.append(assignment)
             for part in ("place", "load", "idle", "loss"):
                 np.testing.assert_array_equal(getattr(made[0], part), getattr(made[1], part))
+
+
+@pytest.mark.skipif(BUILT is None, reason="loops.c was not built")
+@pytest.mark.parametrize("largest", [0, 1, 20, 10**6])
+def test_the_compiled_form_starts_from_no_prices(largest, monkeypatch):
+    generator = np.random.default_rng(largest)
+    for n in (1, 5, 64, 65, 256):
+        for slack in (0, 3, 50):
+            affinity, capacity = random_case(generator, n, largest, slack)
+            chosen = []
+            for built in (BUILT, None):
+                monkeypatch.setattr(transport, "compiled_loops", lambda built=built: built)
+                assignment = transport._Assignment(affinity, np.minimum(capacity, n), np.zeros(len(capacity), np.int64))
+                assignment.balance()
+                chosen.append(assignment.place)
+            monkeypatch.setattr(transport, "compiled_loops", lambda: BUILT)
+            chosen.append(assign(affinity, capacity))
+            chosen.append(assign(affinity.astype(np.int32), capacity))
+            assert all(np.array_equal(one, chosen[0]) for one in chosen)
+
+
+@pytest.mark.parametrize("largest", [2**27, 2**30, 2**40])
+def test_values_beyond_the_compiled_form(largest):
+    generator = np.random.default_rng(1)
+    for _ in range(10):
+        affinity, capacity = random_case(generator, 30, largest, 2)
+        assert value(affinity, assign(affinity, capacity)) == best_value(affinity, capacity)
+
+
+def test_more_bins_than_lanes():
+    generator = np.random.default_rng(5)
+    affinity = generator.integers(0, 50, (70, 37))
+    capacity = generator.multinomial(75, np.full(37, 1 / 37))
+    assert value(affinity, assign(affinity, capacity)) == best_value(affinity, capacity)
