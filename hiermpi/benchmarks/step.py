@@ -56,6 +56,9 @@ class RandomTokens:
     def length(self, split: str) -> int:
         return len(self.tokens)
 
+    def in_memory(self, split: str) -> NDArray[np.unsignedinteger]:
+        return self.tokens
+
     def read(self, split: str, starts: NDArray[np.int64], length: int) -> NDArray[np.int32]:
         return self.tokens[starts[:, None] + np.arange(length)].astype(np.int32)
 
