@@ -19,6 +19,8 @@ LIBRARY_BYTES = 20_600_000
 """Pages of libraries, which all ranks of a node share."""
 ROOT_BYTES = 27_000_000
 """What the root loads besides: HDF5, the validation of settings, the router."""
+MESSAGE_BYTES = 5_000_000
+"""What a rank keeps of having sent whole vectors up the tree, as ``auto`` does when it times it: 4.7 to 6 MB."""
 SAVING_VECTORS = 6
 """Vectors that the root holds while it saves: parameters and moments in token order, and the file built of them."""
 GATHERED_VECTORS = 2
@@ -58,6 +60,7 @@ def memory_of(topology: Topology, config: Config, model: ModelConfig, data_bytes
         for n in {0, most, roots}
     }
     shared = shares_memory(topology, config)
+    messages = MESSAGE_BYTES if topology.size > 1 and config.hierarchy.reduction in ("auto", "tree") else 0
 
     def of(rank: int) -> int:
         neighbours = len(topology.ranks_of_node[topology.nodes[rank]])
@@ -69,7 +72,8 @@ def memory_of(topology: Topology, config: Config, model: ModelConfig, data_bytes
         root = ROOT_BYTES + data_bytes if rank == 0 else 0
         leaf = activations[roots if rank == 0 else most] if topology.is_leaf(rank) else 0
         moments = 8 * owned.get(rank, 0)
-        return PROCESS_BYTES + LIBRARY_BYTES // neighbours + gradient_and_parameters + moments + leaf + root
+        own_process = PROCESS_BYTES + messages + LIBRARY_BYTES // neighbours
+        return own_process + gradient_and_parameters + moments + leaf + root
 
     per_rank = [of(rank) for rank in range(topology.size)]
     per_node = [0] * topology.n_nodes

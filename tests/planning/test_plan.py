@@ -8,6 +8,7 @@ from hiermpi.cli import main
 from hiermpi.config.schema import Config, HierarchyConfig, ModelConfig, TrainConfig
 from hiermpi.hierarchy.topology import Topology
 from hiermpi.planning.drawing import describe, ranges, size, tree_lines
+from hiermpi.planning.memory import MESSAGE_BYTES
 from hiermpi.planning.plan import plan
 from hiermpi.planning.suggesting import suggest
 
@@ -56,7 +57,9 @@ def test_bytes_go_where_the_reduction_sends_them():
 def test_memory_counts_what_a_rank_holds():
     shared, _, _ = planned(4, reduction="shared")
     tree, _, _ = planned(4, reduction="tree")
-    assert tree["memory_bytes"]["control"] - shared["memory_bytes"]["control"] == VECTOR - 2 * VECTOR // 4
+    flat, _, _ = planned(4, reduction="flat")
+    assert flat["memory_bytes"]["control"] - shared["memory_bytes"]["control"] == VECTOR - 2 * VECTOR // 4
+    assert tree["memory_bytes"]["control"] - flat["memory_bytes"]["control"] == MESSAGE_BYTES
     more, _, _ = planned(4, reduction="shared", batch=4)
     assert more["memory_bytes"]["control"] < shared["memory_bytes"]["control"]
     alone, _, _ = planned(1)
