@@ -1,5 +1,7 @@
 """Tables about where a run's time went and who computed how much. Records are those of ranks.jsonl."""
 
+import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from statistics import fmean, median
 from typing import TYPE_CHECKING, Any
@@ -116,9 +118,23 @@ def own_share(root: Record) -> tuple[float, float]:
     return root["own_tokens"] / max(root["routed_tokens"], 1), 1 / max(len(root["loads"]) - 1, 1)
 
 
+def sequence_seconds(records: Sequence[Record]) -> dict[int, float]:
+    """What a sequence takes on each rank that computed: seconds, of CPU where ranks share cores, of wall elsewhere.
+
+    On a shared core the clock goes on while others have it, so it would tell who started first, not who is slow.
+    """
+    ranks = Counter(r["host"] for r in records)
+
+    def seconds(record: Record) -> float:
+        shared = ranks[record["host"]] > (record.get("cores") or math.inf)
+        return float(record["cpu"]["compute"]) if shared else work(record, "compute")
+
+    return {r["rank"]: seconds(r) / r["sequences"] for r in records if r["sequences"]}
+
+
 def straggler_lines(records: Sequence[Record]) -> list[str]:
     """Lines: the ranks, and the hosts, that need longest for a sequence."""
-    pace = {r["rank"]: work(r, "compute") / r["sequences"] for r in records if r["sequences"]}
+    pace = sequence_seconds(records)
     if len(pace) < 2:
         return []
     usual = median(pace.values())

@@ -98,6 +98,17 @@ def test_stragglers_are_named_by_rank_and_host():
     assert straggler_lines(records[:1]) == []
 
 
+def test_where_ranks_share_cores_nobody_straggles_by_having_started_first():
+    first = record(0, compute=16.0, cpu=4.0)
+    apart = [first, *(record(rank, host=f"h{rank}", compute=8.0, cpu=4.0) for rank in range(1, 5))]
+    assert "rank 0" in "\n".join(straggler_lines(apart))
+    shared = {"cores": 2, "cpu": 4.0}
+    together = [record(0, compute=16.0, **shared), *(record(rank, compute=8.0, **shared) for rank in range(1, 5))]
+    text = "\n".join(straggler_lines(together))
+    assert "straggler" not in text
+    assert "100.00 to 100.00 ms" in text
+
+
 def test_plots(run, tmp_path, capsys):
     assert main(["report", str(run)]) == 0
     shown = capsys.readouterr().out
