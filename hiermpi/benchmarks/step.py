@@ -3,8 +3,8 @@
 Every method does the same work per call: one optimizer step on the same number of sequences of the same shapes, on the
 same cores. PyTorch runs inside the same job, in turns: as DDP over gloo on the same processes, as one process with all
 threads, and compiled where that works; the best of these is the peer. Which forms ran, and why others did not, is in
-the result. The step's floating-point operations as one large product, and as multiply-adds on registers alone, are the
-floor under everybody.
+the result. Beside them the step's floating-point operations as one large product, and as multiply-adds on registers
+alone, the floor under everybody.
 """
 
 import dataclasses

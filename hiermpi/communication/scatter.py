@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from hiermpi.communication.communicators import Communicators
 from hiermpi.communication.shared_memory import Gate, NodeMemory, laid_out
 from hiermpi.hierarchy.topology import Role, Topology
+from hiermpi.native import at
 
 
 def delivery_order(topology: Topology) -> NDArray[np.int64]:
@@ -97,7 +98,7 @@ class SharedScatter:
         if library is not None and n <= self.capacity:
             rows, leaf = np.ascontiguousarray(rows, np.int32), np.ascontiguousarray(leaf, np.int64)
             arrays = (room, bounds, rows, leaf, self._next)
-            library.deal_rows(*(array.ctypes.data for array in arrays), n, 4 * self.width, size)
+            library.deal_rows(*(at(array) for array in arrays), n, 4 * self.width, size)
             return
         bounds[0] = 0
         np.cumsum(np.bincount(leaf, minlength=size), out=bounds[1:])

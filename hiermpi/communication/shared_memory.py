@@ -21,7 +21,7 @@ from numpy.typing import DTypeLike, NDArray
 from hiermpi.communication.objects import agree, broadcast_object
 from hiermpi.communication.waiting import Expected, Waiter
 from hiermpi.errors import UserError
-from hiermpi.native import built_library
+from hiermpi.native import at, built_library
 
 LINE = 64
 MAILBOX_DOUBLES = 16
@@ -99,10 +99,10 @@ class Gate:
         waiter: for the waits.
     """
 
-    def __init__(self, memory: "NodeMemory", offset: int, members: Sequence[int], waiter: Waiter) -> None:
+    def __init__(self, memory: NodeMemory, offset: int, members: Sequence[int], waiter: Waiter) -> None:
         lines = memory.array(offset, (len(members), LINE // 8), np.int64)
         self._library = memory.library
-        self._at = lines.ctypes.data
+        self._at = at(lines)
         self._arrivals = lines[:, 0]
         self._members = len(members)
         self._own = members.index(memory.rank) if memory.rank in members else -1
@@ -171,9 +171,9 @@ class Mailboxes:
         """Turn to the other set."""
         self._turn = 1 - self._turn
 
-    def get(self, values: NDArray[np.float64], rank: int = 0) -> None:
-        """Take the numbers of ``rank``."""
-        values[:] = self._boxes[self._turn, rank, : len(values)]
+    def get(self, values: NDArray[np.float64]) -> None:
+        """Take the numbers of the node's first rank."""
+        values[:] = self._boxes[self._turn, 0, : len(values)]
 
     def sum(self, values: NDArray[np.float64]) -> None:
         """Take the sum of the numbers of all ranks, added in their order."""
@@ -181,7 +181,7 @@ class Mailboxes:
         if self._library is None:
             values[:] = boxes[:, : len(values)].sum(axis=0)
         else:
-            self._library.sum_boxes(values.ctypes.data, boxes.ctypes.data, len(boxes), len(values), MAILBOX_DOUBLES)
+            self._library.sum_boxes(at(values), at(boxes), len(boxes), len(values), MAILBOX_DOUBLES)
 
 
 @cache

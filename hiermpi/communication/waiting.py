@@ -22,9 +22,7 @@ LONGEST_KERNEL_SLEEP_NS = 1_000_000_000
 SPIN_SECONDS = 2e-3
 """How long a rank with a core of its own polls before it sleeps."""
 OVERSUBSCRIBED_SPIN_SECONDS = 50e-6
-"""The same where ranks share cores; each poll then gives the core away. A barrier of 13 ranks on two cores takes 96 us
-so, 150 us where ranks sleep at once; longer polling gains nothing."""
-
+"""The same where ranks share cores; each poll then gives the core away."""
 GATE_SPIN = 300e-6
 """How long a rank looks at a gate, giving the core away after each look, before it sleeps; only where its last wait
 there was shorter. 13 ranks on two cores sum and hand down 10,000 floats in 216 us so, in 270 us with 50 us."""
@@ -112,7 +110,7 @@ class Waiter:
                 warned = self._watch(waited, warned)
         self._account(start, cpu)
 
-    def wait_asleep(self, reached: Reached, at: int, target: int, expected: "Expected") -> None:
+    def wait_asleep(self, reached: Reached, at: int, target: int, expected: Expected) -> None:
         """Return when the word at an address has reached ``target``, asleep but for a moment at first.
 
         Args:

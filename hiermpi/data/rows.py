@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from hiermpi.data.sampling import Draw
 from hiermpi.hierarchy.loops import compiled_loops
+from hiermpi.native import at
 
 ID_COLUMNS = 2
 MOST_BINS = 256
@@ -69,7 +70,7 @@ class RowReader:
         rows, counts = self._room(n), np.empty((n, self.n_bins), np.int32)
         arrays = (rows, counts, self.tokens, drawn.sequence_ids, drawn.starts, self.row_of_token, self.group_of_token)
         read = loops.read_rows16 if self.tokens.dtype == np.uint16 else loops.read_rows32
-        read(*(array.ctypes.data for array in arrays), n, length, self.n_bins)
+        read(*map(at, arrays), n, length, self.n_bins)
         return rows, counts
 
     def _room(self, n: int) -> NDArray[np.int32]:

@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hiermpi.hierarchy.loops import compiled_loops
+from hiermpi.native import at
 
 Integers = NDArray[np.int64]
 
@@ -75,7 +76,7 @@ def _balance_compiled(
     loss = np.empty((bins, bins), np.int64)
     affinity, capacity = np.ascontiguousarray(affinity, np.int32), np.ascontiguousarray(capacity, np.int64)
     arrays = (affinity, capacity, place, load, idle, loss)
-    return loss if loops.balance(*(array.ctypes.data for array in arrays), n, bins, fresh) else None
+    return loss if loops.balance(*map(at, arrays), n, bins, fresh) else None
 
 
 def _solve(affinity: NDArray[np.integer], capacity: Integers) -> "_Assignment":

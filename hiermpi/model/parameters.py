@@ -4,8 +4,9 @@ So a reduction needs no packing, the optimizer is one pass, and a checkpoint is 
 moments are vectors of the same layout.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from math import prod
 
 import numpy as np
@@ -80,14 +81,14 @@ class ParameterLayout:
 
     def decay_ranges(self) -> Iterator[tuple[int, int, bool]]:
         """(start, stop, decay) of maximal runs of tensors that agree on ``decay``, covering the vector."""
-        runs: list[tuple[int, int, bool]] = []
+        return self.runs(lambda spec: spec.decay)
+
+    def runs(self, of: Callable[[TensorSpec], bool]) -> Iterator[tuple[int, int, bool]]:
+        """(start, stop, whether) of maximal runs of tensors that agree on what ``of`` says, covering the vector."""
         bounds = [self.offsets[spec.name] for spec in self.specs] + [self.size]
-        for spec, start, stop in zip(self.specs, bounds[:-1], bounds[1:], strict=True):
-            if runs and runs[-1][2] == spec.decay:
-                runs[-1] = (runs[-1][0], stop, spec.decay)
-            else:
-                runs.append((start, stop, spec.decay))
-        yield from runs
+        for whether, run in groupby(range(len(self.specs)), lambda index: of(self.specs[index])):
+            indices = list(run)
+            yield bounds[indices[0]], bounds[indices[-1] + 1], whether
 
 
 class ParameterBuffer(ParameterLayout):

@@ -127,7 +127,9 @@ class Transformer:
         groups = symmetry_groups(symmetry_group, config.vocab_size, config.symmetry_order)
         self.symmetry = SymmetryTable(groups, config.symmetry_order)
         self.parameters = ParameterBuffer(transformer_specs(config), dtype, storage)
-        self._sums = self._ranges_of_sums()
+        products = self.parameters.runs(self._is_product)
+        self._sums = [(start, stop) for start, stop, is_product in products if not is_product]
+        """Ranges of the vector with the gradients that are only added to."""
         self._viewed: tuple[NDArray | None, dict[str, NDArray]] = (None, {})
         self.micro_batch = micro_batch_sequences(config, micro_batch_size)
         self.kernels = (kernels or load_kernels()) if self.parameters.dtype == np.float32 else ReferenceKernels()
@@ -165,16 +167,6 @@ class Transformer:
         if self._viewed[0] is not gradients:
             self._viewed = gradients, self.parameters.views(gradients)
         return self._viewed[1]
-
-    def _ranges_of_sums(self) -> list[tuple[int, int]]:
-        """Ranges of the vector with the gradients that are only added to, those which begin with no product."""
-        ranges: list[tuple[int, int]] = []
-        bounds = [*(self.parameters.offsets[spec.name] for spec in self.parameters.specs), self.parameters.size]
-        for spec, start, stop in zip(self.parameters.specs, bounds[:-1], bounds[1:], strict=True):
-            if not self._is_product(spec):
-                first = ranges.pop()[0] if ranges and ranges[-1][1] == start else start
-                ranges.append((first, stop))
-        return ranges
 
     def _is_product(self, spec: TensorSpec) -> bool:
         """Whether a tensor's gradient begins with a matrix product."""

@@ -2,20 +2,13 @@
 
 import numpy as np
 import pytest
+from forms import both_forms
 
 from hiermpi.data import rows
 from hiermpi.data.rows import RowReader, unpack_rows
 from hiermpi.data.sampling import Draw, Sampler
 
-BUILT = rows.compiled_loops()
-
-
-@pytest.fixture(autouse=True, params=["numpy", "compiled"])
-def form(request, monkeypatch):
-    """Both forms, where this installation has the compiled one."""
-    if request.param == "compiled" and BUILT is None:
-        pytest.skip("loops.c was not built")
-    monkeypatch.setattr(rows, "compiled_loops", lambda: BUILT if request.param == "compiled" else None)
+form = both_forms(rows)
 
 
 def make_reader(dtype, length, vocab=70, groups=12, n_tokens=5000):

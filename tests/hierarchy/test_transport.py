@@ -2,21 +2,14 @@
 
 import numpy as np
 import pytest
+from forms import both_forms
 from scipy.optimize import linear_sum_assignment
 
 from hiermpi.hierarchy import transport
 from hiermpi.hierarchy.transport import assign
 
 BUILT = transport.compiled_loops()
-
-
-@pytest.fixture(autouse=True, params=["numpy", "compiled"])
-def form(request, monkeypatch):
-    """Both forms, where this installation has the compiled one."""
-    if request.param == "compiled" and BUILT is None:
-        pytest.skip("loops.c was not built")
-    monkeypatch.setattr(transport, "compiled_loops", lambda: BUILT if request.param == "compiled" else None)
-    return request.param
+form = both_forms(transport)
 
 
 def value(affinity, bins):

@@ -1,7 +1,6 @@
 """The kernels of kernels.c through ctypes: the methods of the numpy reference, on C-contiguous float32 arrays."""
 
 import ctypes
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,6 +10,7 @@ from numpy.typing import NDArray
 from hiermpi.model.dropout import kept_scale
 from hiermpi.model.kernels.reference import NO_KEYS, ReferenceKernels, padded
 from hiermpi.model.parameters import aligned_empty
+from hiermpi.native import at
 
 Array = NDArray[np.float32]
 
@@ -94,7 +94,7 @@ class CompiledKernels:
 
     def product_gelu(self, out: Array, slope: Array, a: Array, b: Array, bias: Array) -> None:
         if not self.own_products:
-            self._blas.product(slope, a, b)
+            self.product(slope, a, b)
             self.gelu_forward(out, slope, bias)
             return
         inner = a.shape[1]
@@ -103,7 +103,7 @@ class CompiledKernels:
 
     def product_slope(self, out: Array, dbias: Array, a: Array, b: Array, slope: Array) -> None:
         if not self.own_products:
-            self._blas.product(out, a, b.T)
+            self.product(out, a, b.T)
             self.gelu_backward(out, dbias, slope)
             return
         inner = a.shape[1]
@@ -250,29 +250,3 @@ class CompiledKernels:
 def plain_float32(*arrays: NDArray[Any]) -> bool:
     """Whether the kernels can work on these arrays: float32, C-contiguous."""
     return all(array.dtype == np.float32 and array.flags.c_contiguous for array in arrays)
-
-
-def at(array: NDArray[Any]) -> int:
-    """Address of an array's first byte. The caller keeps the array alive, and C-contiguous."""
-    if DATA_FIELD:
-        return ctypes.c_void_p.from_address(id(array) + DATA_FIELD).value or 0
-    return array.__array_interface__["data"][0]
-
-
-def data_field() -> int:
-    """Where an array object keeps its address, which reads six times faster there than by asking the array; else 0.
-
-    In CPython the address of an object is its id, and behind the header that all objects have, numpy's
-    PyArrayObject_fields begins with ``char *data``.
-    """
-    if sys.implementation.name != "cpython":
-        return 0
-    place = object.__basicsize__
-    array = np.zeros(4, np.float32)
-    for example in (array, array[1:], array[2:]):
-        if ctypes.c_void_p.from_address(id(example) + place).value != example.__array_interface__["data"][0]:
-            return 0
-    return place
-
-
-DATA_FIELD = data_field()

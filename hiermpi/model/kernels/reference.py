@@ -127,9 +127,9 @@ class ReferenceKernels:
         h += bias
         square = h * h
         t = np.tanh(GELU_SCALE * (h + GELU_CUBIC * square * h))
-        np.multiply(h, 0.5 * (1.0 + t), out=out)
-        slope = 0.5 * (1.0 + t) + 0.5 * h * (1.0 - t * t) * GELU_SCALE * (1.0 + 3.0 * GELU_CUBIC * square)
-        h[...] = slope
+        gate = 0.5 * (1.0 + t)
+        np.multiply(h, gate, out=out)
+        h[...] = gate + 0.5 * h * (1.0 - t * t) * GELU_SCALE * (1.0 + 3.0 * GELU_CUBIC * square)
 
     def gelu_backward(self, dh: Array, dbias: Array, slope: Array) -> None:
         """Dh (N, K) *= slope, in place of the gradient of the output; dbias (K,) += its column sums."""
