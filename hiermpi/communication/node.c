@@ -18,46 +18,79 @@
 
 int usable(void) { return sizeof(_Atomic uint32_t) == 4; }
 
-/* Count one more arrival at a gate; who makes it `target` wakes all who sleep there. Counts wrap around. */
-void arrive(_Atomic uint32_t *gate, uint32_t target) {
-    if (atomic_fetch_add(gate, 1) + 1 == target) syscall(SYS_futex, gate, FUTEX_WAKE, INT_MAX, NULL, NULL, 0);
+/* A gate as one rank sees it; GateState in communication/shared_memory.py. Times in nanoseconds. */
+struct gate {
+    _Atomic uint32_t *word; /* arrivals of all rounds; wraps around */
+    uint32_t members, round;
+    int64_t joins;    /* whether this rank is a member */
+    int64_t spin;     /* how long to look before sleeping, where waits are usually shorter */
+    int64_t sleep;    /* how long to sleep at most: then Python looks for stalls */
+    int64_t expected; /* what the last wait took */
+};
+
+/* Wall time and CPU that waits took. */
+struct account {
+    int64_t wall, cpu;
+};
+
+static int there(const struct gate *gate) {
+    return (int32_t)(atomic_load(gate->word) - gate->round * gate->members) >= 0;
 }
 
-static int there(_Atomic uint32_t *gate, uint32_t target) { return (int32_t)(atomic_load(gate) - target) >= 0; }
-
-static long nanoseconds(void) {
+static int64_t nanoseconds(clockid_t clock) {
     struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
+    clock_gettime(clock, &now);
     return now.tv_sec * 1000000000L + now.tv_nsec;
 }
 
-/* Whether the count has reached `target`: looks for `spin` nanoseconds, giving the core away after each look, then
- * sleeps until it has, a signal comes or another `sleep` nanoseconds are over. */
-int reached(_Atomic uint32_t *gate, uint32_t target, long spin, long sleep) {
-    if (there(gate, target)) return 1;
-    if (spin > 0) {
-        const long end = nanoseconds() + spin;
-        do {
-            sched_yield();
-            if (there(gate, target)) return 1;
-        } while (nanoseconds() < end);
-    }
-    const long end = nanoseconds() + sleep;
-    for (long left = sleep; left > 0; left = end - nanoseconds()) {
+/* Begin the next round; a member counts one more arrival, and who makes the round full wakes all who sleep. */
+void arrive(struct gate *gate) {
+    const uint32_t target = ++gate->round * gate->members;
+    if (gate->joins && atomic_fetch_add(gate->word, 1) + 1 == target)
+        syscall(SYS_futex, gate->word, FUTEX_WAKE, INT_MAX, NULL, NULL, 0);
+}
+
+/* Look for a while, giving the core away after each look. */
+static int spun(struct gate *gate, int64_t start) {
+    if (gate->expected >= gate->spin) return 0;
+    do {
+        sched_yield();
+        if (there(gate)) return 1;
+    } while (nanoseconds(CLOCK_MONOTONIC) - start < gate->spin);
+    return 0;
+}
+
+static void sleep_until_there(struct gate *gate) {
+    const int64_t end = nanoseconds(CLOCK_MONOTONIC) + gate->sleep;
+    for (int64_t left = gate->sleep; left > 0; left = end - nanoseconds(CLOCK_MONOTONIC)) {
         const struct timespec limit = {left / 1000000000L, left % 1000000000L};
-        const uint32_t seen = atomic_load(gate);
-        if ((int32_t)(seen - target) >= 0) return 1;
+        const uint32_t seen = atomic_load(gate->word);
+        if (there(gate)) return;
         /* Arrivals before the last one change the word but wake nobody: only a fresh sleeper is sent back by them. */
-        if (syscall(SYS_futex, gate, FUTEX_WAIT, seen, &limit, NULL, 0) != 0 && errno == EINTR) break;
+        if (syscall(SYS_futex, gate->word, FUTEX_WAIT, seen, &limit, NULL, 0) != 0 && errno == EINTR) return;
     }
-    return there(gate, target);
+}
+
+/* Whether all members have arrived for this rank's round: at once, after some looks, or after sleeping until they have,
+ * a signal came or the time was over. */
+int passed(struct gate *gate, struct account *account) {
+    if (there(gate)) return 1;
+    const int64_t start = nanoseconds(CLOCK_MONOTONIC), cpu = nanoseconds(CLOCK_THREAD_CPUTIME_ID);
+    if (!spun(gate, start)) sleep_until_there(gate);
+    const int64_t wall = nanoseconds(CLOCK_MONOTONIC) - start;
+    gate->expected = wall;
+    account->wall += wall;
+    account->cpu += nanoseconds(CLOCK_THREAD_CPUTIME_ID) - cpu;
+    return there(gate);
 }
 
 #else
 
+struct gate;
+struct account;
 int usable(void) { return 0; }
-void arrive(_Atomic uint32_t *gate, uint32_t target) {}
-int reached(_Atomic uint32_t *gate, uint32_t target, long spin, long sleep) { return 1; }
+void arrive(struct gate *gate) {}
+int passed(struct gate *gate, struct account *account) { return 1; }
 
 #endif
 
@@ -73,9 +106,34 @@ void deal_rows(char *room, int64_t *bounds, const char *rows, const int64_t *lea
     for (long i = 0; i < n; i++) memcpy(room + width * next[leaf[i]]++, rows + width * i, width);
 }
 
-/* sums (count,) over the mailboxes of all ranks, in their order; a box is `stride` doubles. */
-void sum_boxes(double *sums, const double *boxes, long size, long count, long stride) {
+/* Put numbers into a mailbox and arrive, once the round before this one is full. */
+int offer(struct gate *gate, struct account *account, double *box, const double *values, long count) {
+    if (!passed(gate, account)) return 0;
+    memcpy(box, values, sizeof *values * count);
+    arrive(gate);
+    return 1;
+}
+
+/* When all have arrived: sums (count,) over the mailboxes of all ranks, in their order; a box is `stride` doubles. */
+int collect(struct gate *gate, struct account *account, double *sums, const double *boxes, long size, long count,
+            long stride) {
+    if (!passed(gate, account)) return 0;
     for (long k = 0; k < count; k++) sums[k] = boxes[k];
     for (long rank = 1; rank < size; rank++)
         for (long k = 0; k < count; k++) sums[k] += boxes[rank * stride + k];
+    return 1;
+}
+
+/* When all have arrived: the numbers of one mailbox. */
+int take(struct gate *gate, struct account *account, double *values, const double *box, long count) {
+    if (!passed(gate, account)) return 0;
+    memcpy(values, box, sizeof *values * count);
+    return 1;
+}
+
+/* Arrive, and take the numbers of one mailbox; whose it is puts them there first. */
+int tell(struct gate *gate, struct account *account, double *values, double *box, long count, long mine) {
+    if (mine) memcpy(box, values, sizeof *values * count);
+    arrive(gate);
+    return take(gate, account, values, box, count);
 }

@@ -9,8 +9,8 @@ import ctypes
 import mmap
 import os
 import platform
-from collections.abc import Sequence
-from functools import cache
+from collections.abc import Callable, Sequence
+from functools import cache, partial
 from itertools import accumulate
 from pathlib import Path
 
@@ -19,12 +19,17 @@ from mpi4py import MPI
 from numpy.typing import DTypeLike, NDArray
 
 from hiermpi.communication.objects import agree, broadcast_object
-from hiermpi.communication.waiting import Expected, Waiter
+from hiermpi.communication.waiting import Waiter
 from hiermpi.errors import UserError
 from hiermpi.native import at, built_library
 
 LINE = 64
 MAILBOX_DOUBLES = 16
+LONGEST_KERNEL_SLEEP_NS = 1_000_000_000
+"""Where the kernel wakes the rank: bounded, so that stalls are seen. Signals end the sleep."""
+GATE_SPIN_NS = 300_000
+"""How long a rank looks at a gate, giving the core away after each look, before it sleeps; only where its last wait
+there was shorter. 13 ranks on two cores sum and hand down 10,000 floats in 0.10 ms so, in 0.15 with 50 us."""
 ORDERED_STORES = ("x86_64", "AMD64", "i686")
 """Processors on which other cores see a core's stores in their order: gates that poll rely on it."""
 
@@ -84,6 +89,20 @@ class NodeMemory:
         return np.frombuffer(self._map, dtype, count, offset).reshape(shape)
 
 
+class GateState(ctypes.Structure):
+    """A gate as node.c sees it from one rank."""
+
+    _fields_ = (
+        ("word", ctypes.c_void_p),
+        ("members", ctypes.c_uint32),
+        ("round", ctypes.c_uint32),
+        ("joins", ctypes.c_int64),
+        ("spin", ctypes.c_int64),
+        ("sleep", ctypes.c_int64),
+        ("expected", ctypes.c_int64),
+    )
+
+
 class Gate:
     """Where ranks of a node wait until its members have all arrived, once a round.
 
@@ -101,14 +120,14 @@ class Gate:
 
     def __init__(self, memory: NodeMemory, offset: int, members: Sequence[int], waiter: Waiter) -> None:
         lines = memory.array(offset, (len(members), LINE // 8), np.int64)
-        self._library = memory.library
-        self._at = at(lines)
+        self.library = memory.library
+        self.waiter = waiter
+        self.joins = memory.rank in members
+        self.state = GateState(at(lines), len(members), 0, self.joins, GATE_SPIN_NS, LONGEST_KERNEL_SLEEP_NS, 0)
+        self.at = ctypes.addressof(self.state)
+        """Where node.c finds the gate."""
         self._arrivals = lines[:, 0]
-        self._members = len(members)
-        self._own = members.index(memory.rank) if memory.rank in members else -1
-        self._waiter = waiter
-        self._round = 0
-        self._waits = Expected()
+        self._own = members.index(memory.rank) if self.joins else -1
 
     @staticmethod
     def nbytes(members: int) -> int:
@@ -117,44 +136,46 @@ class Gate:
 
     def arrive(self) -> None:
         """Begin the next round: a member arrives, any other rank just counts it."""
-        self._round += 1
-        if self._own < 0:
+        if self.library is not None:
+            self.library.arrive(self.at)
             return
-        if self._library is None:
-            self._arrivals[self._own] = self._round
-        else:
-            self._library.arrive(self._at, self._target())
+        self.state.round += 1
+        if self.joins:
+            self._arrivals[self._own] = self.state.round
 
     def wait(self) -> None:
         """Return when all members have arrived for this rank's round."""
-        library = self._library
+        library = self.library
         if library is None:
-            self._waiter.wait_until(lambda: int(self._arrivals.min()) >= self._round)
-        else:
-            self._waiter.wait_asleep(library.reached, self._at, self._target(), self._waits)
+            self.waiter.wait_until(lambda: int(self._arrivals.min()) >= self.state.round)
+        elif not library.passed(self.at, self.waiter.slept_at):
+            self.waiter.wait_asleep(partial(library.passed, self.at, self.waiter.slept_at))
 
     def meet(self) -> None:
         """A barrier of the members."""
         self.arrive()
         self.wait()
 
-    def _target(self) -> int:
-        return self._round * self._members & 0xFFFFFFFF
-
 
 class Mailboxes:
-    """A few numbers from each rank of a node, for all of it. Two sets take turns.
+    """A few numbers from each rank of a node, for all of it, through a gate. Two sets take turns.
 
-    A set is written again only after a gate that all who read it have reached.
+    A set is written again only after a gate that all who read it have reached: the next round of this one, or another
+    that they pass between its rounds.
 
     Args:
         memory: holds :meth:`nbytes` bytes of it from ``offset`` on.
         offset: where.
+        gate: of all ranks of the node. It may have rounds besides.
     """
 
-    def __init__(self, memory: NodeMemory, offset: int) -> None:
+    def __init__(self, memory: NodeMemory, offset: int, gate: Gate) -> None:
         self._boxes = memory.array(offset, (2, memory.size, MAILBOX_DOUBLES), np.float64)
-        self._rank, self._library = memory.rank, memory.library
+        self._rank, self._size, self._library = memory.rank, memory.size, memory.library
+        self._gate, self._waiter = gate, gate.waiter
+        self._at = gate.at, gate.waiter.slept_at
+        self._first = [at(boxes) for boxes in self._boxes]
+        self._own = [at(boxes[memory.rank]) for boxes in self._boxes]
         self._turn = 0
 
     @staticmethod
@@ -162,26 +183,41 @@ class Mailboxes:
         """Bytes needed for ``size`` ranks."""
         return 2 * size * MAILBOX_DOUBLES * 8
 
-    def put(self, values: NDArray[np.float64]) -> None:
-        """Turn to the other set and put this rank's numbers there."""
-        self.turn()
-        self._boxes[self._turn, self._rank, : len(values)] = values
-
-    def turn(self) -> None:
-        """Turn to the other set."""
-        self._turn = 1 - self._turn
-
-    def get(self, values: NDArray[np.float64]) -> None:
-        """Take the numbers of the node's first rank."""
-        values[:] = self._boxes[self._turn, 0, : len(values)]
+    def offer(self, values: NDArray[np.float64]) -> None:
+        """Turn to the other set, put this rank's numbers there, and arrive. Waits for the round before."""
+        self._turn = turn = 1 - self._turn
+        if self._library is None:
+            self._gate.wait()
+            self._boxes[turn, self._rank, : len(values)] = values
+            self._gate.arrive()
+        else:
+            self._until(self._library.offer, self._own[turn], at(values), len(values))
 
     def sum(self, values: NDArray[np.float64]) -> None:
-        """Take the sum of the numbers of all ranks, added in their order."""
-        boxes = self._boxes[self._turn]
+        """When all have arrived, take the sum of the numbers of all ranks, added in their order."""
         if self._library is None:
-            values[:] = boxes[:, : len(values)].sum(axis=0)
+            self._gate.wait()
+            values[:] = self._boxes[self._turn, :, : len(values)].sum(axis=0)
         else:
-            self._library.sum_boxes(at(values), at(boxes), len(boxes), len(values), MAILBOX_DOUBLES)
+            boxes = self._first[self._turn]
+            self._until(self._library.collect, at(values), boxes, self._size, len(values), MAILBOX_DOUBLES)
+
+    def tell(self, values: NDArray[np.float64]) -> None:
+        """Turn to the other set, and give every rank the numbers of the node's first. A barrier."""
+        self._turn = turn = 1 - self._turn
+        library, first, n = self._library, self._rank == 0, len(values)
+        if library is None:
+            if first:
+                self._boxes[turn, 0, :n] = values
+            self._gate.meet()
+            values[:] = self._boxes[turn, 0, :n]
+        elif not library.tell(*self._at, at(values), self._first[turn], n, first):
+            self._until(library.take, at(values), self._first[turn], n)
+
+    def _until(self, passes: Callable[..., bool], *arguments: int) -> None:
+        """Call a function of node.c that waits at the gate, until it has done what it does."""
+        if not passes(*self._at, *arguments):
+            self._waiter.wait_asleep(partial(passes, *self._at, *arguments))
 
 
 @cache
@@ -190,11 +226,14 @@ def node_library() -> ctypes.CDLL | None:
     library = built_library(Path(__file__).parent, "_node")
     if library is None or not library.usable():
         return None
-    address, number, word = ctypes.c_void_p, ctypes.c_long, ctypes.c_uint32
-    library.arrive.argtypes, library.arrive.restype = [address, word], None
-    library.reached.argtypes, library.reached.restype = [address, word, number, number], ctypes.c_int
-    library.deal_rows.argtypes, library.deal_rows.restype = [*[address] * 5, *[number] * 3], None
-    library.sum_boxes.argtypes, library.sum_boxes.restype = [*[address] * 2, *[number] * 3], None
+    address, number = (ctypes.c_void_p,), (ctypes.c_long,)
+    library.arrive.argtypes = address
+    library.passed.argtypes = address * 2
+    library.offer.argtypes = library.take.argtypes = address * 4 + number
+    library.collect.argtypes = address * 4 + number * 3
+    library.tell.argtypes = address * 4 + number * 2
+    library.deal_rows.argtypes = address * 5 + number * 3
+    library.arrive.restype = library.deal_rows.restype = None
     return library
 
 

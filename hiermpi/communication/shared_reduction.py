@@ -65,6 +65,7 @@ class SharedReduction:
         self._slices = [span for span in spans_of(ownership.bounds, summed_by) if span.owner == node.rank]
         number = ownership.number(comms.rank)
         self._owns = number is not None
+        self._waits_for_sums = self._several or self._owns or bool(self._slices)
         self._blocks = np.empty(0, np.int64) if number is None else ownership.blocks_of(number)
         members, n_blocks = range(node.size), len(ownership.owners)
         summing = sorted({0, *summed_by[summed_by >= 0].tolist()})
@@ -76,13 +77,12 @@ class SharedReduction:
         made = [Gate(memory, offset, some, comms.waiter) for offset, some in zip(offsets, gates, strict=False)]
         self._all, self._computed, self._summed, self._owners = made
         """Of all ranks: done with what came before, done with its gradients; of those who sum, and who own."""
-        self._sums, self._told = (Mailboxes(memory, offset) for offset in offsets[4:6])
+        self._sums, self._told = Mailboxes(memory, offsets[4], self._computed), Mailboxes(memory, offsets[5], self._all)
         self._exchanged = memory.array(offsets[6], (EXCHANGED_ROWS, n_blocks), np.float64)
         self._parameters = memory.array(offsets[7], (stride,), np.float32)
         self._total = memory.array(offsets[8], (stride,), dtype)
+        self._sum = self._total[:size]
         self._buffers = memory.array(offsets[9], (n_buffers, stride), dtype)
-        self._ran_ahead = False
-        """Whether this rank has not waited for the others' gradients of the sum before."""
         self._gradients = lazy_zeros(size, dtype)  # of a rank that never computes
         if comms.rank in leaves:
             self._gradients = self._buffers[leaves.index(comms.rank), :size]
@@ -105,18 +105,12 @@ class SharedReduction:
 
     def reduce(self, sums: NDArray[np.float64], gradients: NDArray) -> NDArray:
         """On one node nobody waits for sums but their owners; who sums nothing does not even wait for gradients."""
-        total = self._total[: self._size]
-        if self._ran_ahead:
-            self._computed.wait()
-        self._sums.put(sums)
-        self._computed.arrive()
-        self._ran_ahead = not (self._several or self._slices or self._owns)
-        if self._ran_ahead:
-            return total
-        self._computed.wait()
+        self._sums.offer(sums)
+        if not self._waits_for_sums:
+            return self._sum
+        self._sums.sum(sums)
         for start, stop, _ in self._slices:
             self.sum_part(start, stop)
-        self._sums.sum(sums)
         if not self._sums_its_own:
             self._summed.arrive()
             if self._several or self._owns:
@@ -124,18 +118,17 @@ class SharedReduction:
         if self._several:
             if self._leaders != MPI.COMM_NULL:
                 self.comms.waiter.wait(self._leaders.Iallreduce(MPI.IN_PLACE, sums))
-                reduce_spans(self.comms.waiter, self._leaders, total, self._lane)
-            self._tell_node(sums)
-        return total
+                reduce_spans(self.comms.waiter, self._leaders, self._sum, self._lane)
+            self._told.tell(sums)
+        return self._sum
 
     def sum_everywhere(self, values: NDArray[np.float64]) -> None:
-        self._told.put(values)
-        self._all.meet()
+        self._told.offer(values)
         self._told.sum(values)
         if self._several:
             if self._leaders != MPI.COMM_NULL and self.comms.node.rank == 0:
                 self.comms.waiter.wait(self._leaders.Iallreduce(MPI.IN_PLACE, values))
-            self._tell_node(values)
+            self._told.tell(values)
 
     def sum_part(self, start: int, stop: int) -> None:
         """Sum these elements over the node's gradients, waiting for nobody."""
@@ -156,22 +149,13 @@ class SharedReduction:
     def broadcast(self, verdict: NDArray[np.float64], parameters: NDArray[np.float32]) -> None:
         """The owners' nodes have the parameters already; one barrier on one node."""
         if self._several:
-            self._tell_node(verdict)  # true on the root's node; and all owners have written
+            self._told.tell(verdict)  # true on the root's node; and all owners have written
             if self._leaders != MPI.COMM_NULL:
                 self.comms.waiter.wait(self._leaders.Ibcast(verdict))
                 if verdict[0]:
                     broadcast_spans(self.comms.waiter, self._leaders, parameters, self._lane)
-        self._tell_node(verdict)
+        self._told.tell(verdict)
 
     def free(self) -> None:
         if self._leaders != MPI.COMM_NULL:
             self._leaders.Free()
-
-    def _tell_node(self, values: NDArray[np.float64]) -> None:
-        """Give every rank of the node the numbers of the first, behind a barrier."""
-        if self.comms.node.rank == 0:
-            self._told.put(values)
-        else:
-            self._told.turn()
-        self._all.meet()
-        self._told.get(values)

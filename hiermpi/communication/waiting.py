@@ -5,6 +5,7 @@ computes, and Python's signal handlers, stall timers and the like run between tw
 somebody polls, so whenever a request completes the next ones are polled for without sleep again.
 """
 
+import ctypes
 import logging
 import os
 import time
@@ -17,18 +18,10 @@ FIRST_SLEEP = 20e-6
 LONGEST_SLEEP = 1e-3
 GROWTH = 1.15
 """Of the sleep from poll to poll: about a seventh of the wait so far, so that a message in many rounds loses little."""
-LONGEST_KERNEL_SLEEP_NS = 1_000_000_000
-"""Where the kernel wakes the rank: bounded, so that stalls are seen. Signals end the sleep."""
 SPIN_SECONDS = 2e-3
 """How long a rank with a core of its own polls before it sleeps."""
 OVERSUBSCRIBED_SPIN_SECONDS = 50e-6
 """The same where ranks share cores; each poll then gives the core away."""
-GATE_SPIN = 300e-6
-"""How long a rank looks at a gate, giving the core away after each look, before it sleeps; only where its last wait
-there was shorter. 13 ranks on two cores sum and hand down 10,000 floats in 216 us so, in 270 us with 50 us."""
-GATE_SPIN_NS = int(1e9 * GATE_SPIN)
-
-Reached = Callable[[int, int, int, int], int]
 
 logger = logging.getLogger("hiermpi")
 
@@ -37,10 +30,10 @@ class StallError(RuntimeError):
     """A rank has waited longer than ``run.stall_abort``: another one is gone or hangs."""
 
 
-class Expected:
-    """What a wait took the last time."""
+class Slept(ctypes.Structure):
+    """Nanoseconds of wall time and of CPU that waits in node.c took."""
 
-    seconds = 0.0
+    _fields_ = (("wall", ctypes.c_int64), ("cpu", ctypes.c_int64))
 
 
 class Waiter:
@@ -56,12 +49,23 @@ class Waiter:
         self.spin_seconds = OVERSUBSCRIBED_SPIN_SECONDS if oversubscribed else SPIN_SECONDS
         self.stall_warn = stall_warn
         self.stall_abort = stall_abort
-        self.seconds = 0.0
-        """Wall time spent in waits so far."""
-        self.cpu_seconds = 0.0
-        """CPU that polling in them took."""
+        self._seconds = 0.0
+        self._cpu_seconds = 0.0
+        self._slept = Slept()
+        self.slept_at = ctypes.addressof(self._slept)
+        """Where node.c accounts for its waits."""
         self.phase = "start"
         """What the rank is doing, for messages."""
+
+    @property
+    def seconds(self) -> float:
+        """Wall time spent in waits so far."""
+        return self._seconds + 1e-9 * self._slept.wall
+
+    @property
+    def cpu_seconds(self) -> float:
+        """CPU that polling in them took."""
+        return self._cpu_seconds + 1e-9 * self._slept.cpu
 
     def wait(self, *requests: MPI.Request) -> None:
         """Return when all requests are complete."""
@@ -110,29 +114,16 @@ class Waiter:
                 warned = self._watch(waited, warned)
         self._account(start, cpu)
 
-    def wait_asleep(self, reached: Reached, at: int, target: int, expected: Expected) -> None:
-        """Return when the word at an address has reached ``target``, asleep but for a moment at first.
-
-        Args:
-            reached: of node.c.
-            at, target: its arguments.
-            expected: what this wait usually takes, which decides whether that moment is worth it.
-        """
-        if reached(at, target, 0, 0):
-            return
-        start, cpu = time.perf_counter(), time.process_time()
-        spin = GATE_SPIN_NS if expected.seconds < GATE_SPIN else 0  # long waits are slept through at once
+    def wait_asleep(self, passed: Callable[[], bool]) -> None:
+        """Return when ``passed`` says so: a wait in node.c, which sleeps a second at most and accounts for itself."""
+        start = time.perf_counter()
         warned = False
-        while not reached(at, target, spin, LONGEST_KERNEL_SLEEP_NS):
-            spin, waited = 0, time.perf_counter() - start
-            if waited > 1.0:
-                warned = self._watch(waited, warned)
-        expected.seconds = time.perf_counter() - start
-        self._account(start, cpu)
+        while not passed():
+            warned = self._watch(time.perf_counter() - start, warned)
 
     def _account(self, start: float, cpu: float) -> None:
-        self.seconds += time.perf_counter() - start
-        self.cpu_seconds += time.process_time() - cpu
+        self._seconds += time.perf_counter() - start
+        self._cpu_seconds += time.process_time() - cpu
 
     def _watch(self, waited: float, warned: bool) -> bool:
         if self.stall_abort and waited > self.stall_abort:

@@ -55,7 +55,7 @@ def test_nobody_passes_before_the_members_arrive(comms):
 
 
 def test_a_wait_longer_than_the_kernel_sleeps(comms, monkeypatch):
-    monkeypatch.setattr("hiermpi.communication.waiting.LONGEST_KERNEL_SLEEP_NS", 1_000_000)
+    monkeypatch.setattr("hiermpi.communication.shared_memory.LONGEST_KERNEL_SLEEP_NS", 1_000_000)
     node = comms.node
     memory = NodeMemory(node, Gate.nbytes(1), comms.waiter)
     gate = Gate(memory, 0, [0], comms.waiter)
@@ -71,11 +71,11 @@ def test_the_count_wraps_around(comms):
     memory = NodeMemory(node, Gate.nbytes(node.size), comms.waiter)
     gate = Gate(memory, 0, range(node.size), comms.waiter)
     # As if there had been nearly 2^32 arrivals: a round less than what makes the count wrap.
-    gate._round = 2**32 // node.size - 2
+    gate.state.round = 2**32 // node.size - 2
     if node.rank == 0:
-        memory.array(0, (1,), np.uint32)[0] = gate._round * node.size & 0xFFFFFFFF
+        memory.array(0, (1,), np.uint32)[0] = gate.state.round * node.size & 0xFFFFFFFF
         if memory.library is None:
-            gate._arrivals[:] = gate._round
+            gate._arrivals[:] = gate.state.round
     comms.waiter.wait(node.Ibarrier())
     for _ in range(6):
         gate.meet()
@@ -86,17 +86,22 @@ def test_mailboxes_hold_the_numbers_of_the_round(comms):
     node = comms.node
     *offsets, end = laid_out(Gate.nbytes(node.size), Mailboxes.nbytes(node.size))
     memory = NodeMemory(node, end, comms.waiter)
-    gate, boxes = Gate(memory, offsets[0], range(node.size), comms.waiter), Mailboxes(memory, offsets[1])
+    gate = Gate(memory, offsets[0], range(node.size), comms.waiter)
+    boxes = Mailboxes(memory, offsets[1], gate)
     found = []
     for turn in range(ROUNDS):
+        if node.rank == turn % node.size:
+            time.sleep(5e-4)
         values = np.array([node.rank + 0.1, turn, 1e-3])
-        boxes.put(values)
-        gate.meet()
+        boxes.offer(values)
         boxes.sum(values)
         in_order = np.zeros(3)
         for rank in range(node.size):
             in_order += [rank + 0.1, turn, 1e-3]
         found.append(np.array_equal(values, in_order))
+        values = np.array([turn, 7.0] if node.rank == 0 else [-1.0, -1.0])
+        boxes.tell(values)
+        found.append(values.tolist() == [turn, 7.0])
     collective_assert(comms.world, all(found), found)
 
 
