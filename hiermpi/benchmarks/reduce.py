@@ -66,7 +66,7 @@ def bench_size(comms: Communicators, n: int, rounds: int) -> list[dict[str, Any]
     del chosen  # and its memory, before the same is taken again
     made = {kind: make_reduction(kind, comms, ownership).reduction for kind in ("tree", "shared", "flat")}
     # One vector for all: what is timed is the way, not the memory.
-    gradients, parameters = made["shared"].gradient_vector(), made["shared"].parameter_vector()
+    gradients, parameters = made["shared"].gradient_vector(), made["shared"].parameter_slots()[0]
     methods = {kind: both_ways(how, gradients, parameters) for kind, how in made.items()}
     methods["auto"] = methods[name]
     methods |= plain_mpi(comms, gradients)

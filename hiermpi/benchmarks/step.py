@@ -31,6 +31,7 @@ from hiermpi.model.kernels import Kernels, load_kernels
 from hiermpi.model.kernels.compiled import CompiledKernels
 from hiermpi.model.transformer import Transformer, flops_per_token
 from hiermpi.optimizer.fixed_point import routed_together, summed_type
+from hiermpi.optimizer.slots import slots_of
 from hiermpi.training.batches import BatchSource
 from hiermpi.training.phases import Phases
 from hiermpi.training.placement import make_optimizer, optimizer_settings, ownership_of
@@ -68,17 +69,19 @@ def make_trainer(config: Config, comms: Communicators, kernels: Kernels) -> Trai
     model_config, root = config.model, comms.rank == 0
     groups = symmetry_groups(None, model_config.vocab_size, model_config.symmetry_order)
     ownership = ownership_of(config, comms.topology, groups)
-    reduction = make_reduction(config.hierarchy.reduction, comms, ownership, summed_type(config)).reduction
+    dtype, slots = summed_type(config), slots_of(config)
+    reduction = make_reduction(config.hierarchy.reduction, comms, ownership, dtype, slots=slots).reduction
     model = Transformer(
         model_config,
-        storage=reduction.parameter_vector(),
+        storage=reduction.parameter_slots(),
         micro_batch_size=config.train.micro_batch_size,
         kernels=kernels,
     )
     if root:
         model.initialize(config.train.seed)
     reduction.share(model.parameters.vector)
-    source, optimizer = None, make_optimizer(config, model, ownership, comms.rank, kernels)
+    source = None
+    optimizer = make_optimizer(config, model, reduction.moment_slots(), ownership, comms.rank, kernels)
     if root:
         tokens = RandomTokens(model_config.vocab_size)
         counts = np.bincount(tokens.tokens, minlength=model_config.vocab_size)

@@ -37,7 +37,12 @@ class Chosen(NamedTuple):
 
 
 def make_reduction(
-    kind: str, comms: Communicators, ownership: Ownership, dtype: DTypeLike = np.float32, known: str = ""
+    kind: str,
+    comms: Communicators,
+    ownership: Ownership,
+    dtype: DTypeLike = np.float32,
+    known: str = "",
+    slots: int = 1,
 ) -> Chosen:
     """The reduction called ``kind`` in the configuration. Collective over the hierarchy.
 
@@ -50,29 +55,30 @@ def make_reduction(
         ownership: of the vectors.
         dtype: of the gradients: float32, or int64 for fixed point.
         known: an earlier choice, for ``auto``.
+        slots: of parameters and moments.
     """
     kind = known if kind == "auto" and known in PREFERRED else kind
     if kind == "auto":
-        return fastest(comms, ownership, dtype)
+        return fastest(comms, ownership, dtype, slots)
     if kind == "flat":
-        return Chosen(FlatReduction(comms, ownership, dtype), {})
+        return Chosen(FlatReduction(comms, ownership, dtype, slots), {})
     shared = None
     if kind == "shared":
-        shared, complaint = try_shared(comms, ownership, dtype)
+        shared, complaint = try_shared(comms, ownership, dtype, slots)
         if shared is None and comms.rank == 0:
             logger.warning("%s; hierarchy.reduction = tree is used instead", complaint)
-    return Chosen(shared or TreeReduction(comms, ownership, dtype), {})
+    return Chosen(shared or TreeReduction(comms, ownership, dtype, slots), {})
 
 
 def try_shared(
-    comms: Communicators, ownership: Ownership, dtype: DTypeLike
+    comms: Communicators, ownership: Ownership, dtype: DTypeLike, slots: int
 ) -> tuple[SharedReduction | None, UserError | None]:
     """Node-shared sums, or what stands against them on some rank. Collective over the hierarchy."""
     error, made = None, None
     try:
         if not shared_memory_usable():
             raise UserError("this processor or system does not have what node-shared sums rely on")
-        made = SharedReduction(comms, ownership, dtype)
+        made = SharedReduction(comms, ownership, dtype, slots)
     except UserError as caught:
         error = caught
     try:
@@ -82,16 +88,16 @@ def try_shared(
     return made, None
 
 
-def fastest(comms: Communicators, ownership: Ownership, dtype: DTypeLike) -> Chosen:
+def fastest(comms: Communicators, ownership: Ownership, dtype: DTypeLike, slots: int) -> Chosen:
     """The fastest candidate. Collective over the hierarchy."""
     if comms.size == 1:
-        return Chosen(TreeReduction(comms, ownership, dtype), {})
+        return Chosen(TreeReduction(comms, ownership, dtype, slots), {})
     candidates: dict[str, Reduction] = {}
     if comms.topology.n_nodes < comms.size:
-        shared, _ = try_shared(comms, ownership, dtype)
+        shared, _ = try_shared(comms, ownership, dtype, slots)
         candidates |= {"shared": shared} if shared else {}
-    candidates["tree"] = TreeReduction(comms, ownership, dtype)
-    candidates["flat"] = FlatReduction(comms, ownership, dtype)
+    candidates["tree"] = TreeReduction(comms, ownership, dtype, slots)
+    candidates["flat"] = FlatReduction(comms, ownership, dtype, slots)
     # One gradient vector serves all, and as their parameters too: only shared has its own.
     gradients = next(iter(candidates.values())).gradient_vector()
     seconds = time_in_turns(comms, candidates, gradients)
@@ -130,7 +136,7 @@ def time_in_turns(
 def time_once(comms: Communicators, reduction: Reduction, gradients: NDArray) -> float:
     """Seconds of what a step asks of ``reduction``."""
     ownership = reduction.ownership
-    parameters = reduction.parameter_vector() if reduction.name == "shared" else gradients.view(np.float32)
+    parameters = reduction.parameter_slots()[0] if reduction.name == "shared" else gradients.view(np.float32)
     sums, verdict = np.zeros(8), np.ones(8)
     findings = None if ownership.number(comms.rank) is None else np.zeros((1, len(ownership.owners)))
     comms.waiter.wait(comms.world.Ibarrier())

@@ -22,7 +22,8 @@ from hiermpi.communication.communicators import Communicators
 from hiermpi.communication.summing import spread_pieces, sum_pieces
 from hiermpi.communication.waiting import InFlight, Waiter
 from hiermpi.hierarchy.ownership import Ownership, Span
-from hiermpi.model.parameters import aligned_zeros
+from hiermpi.model.parameters import aligned_zeros, lazy_zeros
+from hiermpi.optimizer.adamw import Moments
 
 CHUNK_BYTES = 1 << 19
 """Messages are cut to this size: unsegmented algorithms of MPI libraries pipeline poorly, and counts stay small."""
@@ -43,11 +44,17 @@ class Reduction(Protocol):
     def gradient_vector(self) -> NDArray:
         """This rank's zeroed gradient, in the memory where it is summed best."""
 
-    def parameter_vector(self) -> NDArray[np.float32]:
-        """The parameters, in the memory where they are broadcast best."""
+    def parameter_slots(self) -> list[NDArray[np.float32]]:
+        """The slots of the parameters, in the memory where they are broadcast best."""
+
+    def moment_slots(self) -> list[Moments]:
+        """Zeroed slots of the moments. Where a node's ranks share memory and slots are two, they outlive their owner.
+
+        They have the length of the parameters, but take memory only for what is written.
+        """
 
     def share(self, parameters: NDArray[np.float32]) -> None:
-        """Give every rank the root's :meth:`parameter_vector`, whoever owns it."""
+        """Give every rank the root's vector in a slot of the parameters, whoever owns it."""
 
     def reduce(self, sums: NDArray[np.float64], gradients: NDArray) -> NDArray:
         """Sum a few numbers, and the vector of :meth:`gradient_vector`, over the ranks.
@@ -82,21 +89,28 @@ class TreeReduction:
         comms: the hierarchy.
         ownership: of the vectors.
         dtype: of the gradients: float32, or int64 for fixed point.
+        slots: of parameters and moments.
     """
 
     name = "tree"
     keeps_gradients = False
 
-    def __init__(self, comms: Communicators, ownership: Ownership, dtype: DTypeLike = np.float32) -> None:
+    def __init__(
+        self, comms: Communicators, ownership: Ownership, dtype: DTypeLike = np.float32, slots: int = 1
+    ) -> None:
         self.comms = comms
         self.ownership = ownership
         self.dtype = dtype
+        self.slots = slots
 
     def gradient_vector(self) -> NDArray:
         return aligned_zeros(self.ownership.size, self.dtype)
 
-    def parameter_vector(self) -> NDArray[np.float32]:
-        return aligned_zeros(self.ownership.size, np.float32)
+    def parameter_slots(self) -> list[NDArray[np.float32]]:
+        return [aligned_zeros(self.ownership.size, np.float32) for _ in range(self.slots)]
+
+    def moment_slots(self) -> list[Moments]:
+        return private_moments(self.ownership.size, self.slots)
 
     def share(self, parameters: NDArray[np.float32]) -> None:
         hand_down(self.comms, parameters)
@@ -152,6 +166,11 @@ class FlatReduction(TreeReduction):
             ranks = self.ownership.ranks
             spans = [span._replace(owner=ranks[span.owner]) for span in self.ownership.spans]
             broadcast_spans(waiter, world, parameters, spans)
+
+
+def private_moments(size: int, slots: int) -> list[Moments]:
+    """Slots of zeroed moments in this rank's own memory, which is taken where they are written."""
+    return [Moments(lazy_zeros(size, np.float32), lazy_zeros(size, np.float32)) for _ in range(slots)]
 
 
 def hand_down(comms: Communicators, vector: NDArray) -> None:

@@ -51,21 +51,28 @@ class NodeMemory:
         node: the ranks that share memory.
         nbytes: size.
         waiter: for the waits.
+        used: ranges of it, (start, stop), that memory is taken for; all of it by default.
 
     Raises:
         UserError: on every rank of ``node``, where it cannot be had.
     """
 
-    def __init__(self, node: MPI.Comm, nbytes: int, waiter: Waiter) -> None:
+    def __init__(
+        self, node: MPI.Comm, nbytes: int, waiter: Waiter, used: Sequence[tuple[int, int]] | None = None
+    ) -> None:
         descriptor, error = -1, None
+        ranges = [(0, nbytes)] if used is None else used
         place: tuple[int, int] | None = None
         try:
             if node.rank == 0:
                 descriptor = os.memfd_create("hiermpi")
-                os.posix_fallocate(descriptor, 0, nbytes)
+                os.ftruncate(descriptor, nbytes)
+                for start, stop in ranges:
+                    os.posix_fallocate(descriptor, start, stop - start)
                 place = (os.getpid(), descriptor)
         except OSError as caught:
-            error = UserError(f"no {nbytes:,} bytes of shared memory on this node: {caught.strerror}")
+            needed = sum(stop - start for start, stop in ranges)
+            error = UserError(f"no {needed:,} bytes of shared memory on this node: {caught.strerror}")
         agree(node, error, waiter)
         place = broadcast_object(node, place, waiter)
         try:

@@ -8,17 +8,19 @@ routing and ownership, the machine decides the sum.
 """
 
 import os
+from collections.abc import Sequence
 
 import numpy as np
 from mpi4py import MPI
 from numpy.typing import DTypeLike, NDArray
 
 from hiermpi.communication.communicators import Communicators
-from hiermpi.communication.reduction import broadcast_spans, exchange_on_control, reduce_spans
+from hiermpi.communication.reduction import broadcast_spans, exchange_on_control, private_moments, reduce_spans
 from hiermpi.communication.shared_memory import Gate, Mailboxes, NodeMemory, laid_out, whole_lines
-from hiermpi.hierarchy.ownership import FREE, Ownership, lanes, node_sums, spans_of
+from hiermpi.hierarchy.ownership import FREE, Ownership, Span, lanes, node_sums, spans_of
 from hiermpi.model.kernels import load_kernels
 from hiermpi.model.parameters import lazy_zeros
+from hiermpi.optimizer.adamw import Moments
 
 EXCHANGED_ROWS = 2
 SUMMED_ALONE = 1 << 20
@@ -32,6 +34,8 @@ class SharedReduction:
         comms: the hierarchy.
         ownership: of the gradient and parameter vectors.
         dtype: of the gradients: float32, or int64 for fixed point.
+        slots: of parameters and moments. Where there are two, the moments of a node's owners lie in its memory too, so
+            that both outlive any rank.
 
     Raises:
         UserError: on every rank of a node that cannot have the memory.
@@ -40,7 +44,9 @@ class SharedReduction:
     name = "shared"
     keeps_gradients = True
 
-    def __init__(self, comms: Communicators, ownership: Ownership, dtype: DTypeLike = np.float32) -> None:
+    def __init__(
+        self, comms: Communicators, ownership: Ownership, dtype: DTypeLike = np.float32, slots: int = 1
+    ) -> None:
         self.comms = comms
         self.ownership = ownership
         node, topology, size = comms.node, comms.topology, ownership.size
@@ -71,7 +77,7 @@ class SharedReduction:
         summing = sorted({0, *summed_by[summed_by >= 0].tolist()})
         gates = [members, members, summing, owners]
         pieces = [*(Gate.nbytes(len(some)) for some in gates), *[Mailboxes.nbytes(node.size)] * 2]
-        pieces += [8 * EXCHANGED_ROWS * n_blocks, 4 * stride, width * stride, width * stride * n_buffers]
+        pieces += [8 * EXCHANGED_ROWS * n_blocks, 4 * stride * slots, width * stride, width * stride * n_buffers]
         *offsets, end = laid_out(*pieces)
         memory = NodeMemory(node, end, comms.waiter)
         made = [Gate(memory, offset, some, comms.waiter) for offset, some in zip(offsets, gates, strict=False)]
@@ -79,7 +85,7 @@ class SharedReduction:
         """Of all ranks: done with what came before, done with its gradients; of those who sum, and who own."""
         self._sums, self._told = Mailboxes(memory, offsets[4], self._computed), Mailboxes(memory, offsets[5], self._all)
         self._exchanged = memory.array(offsets[6], (EXCHANGED_ROWS, n_blocks), np.float64)
-        self._parameters = memory.array(offsets[7], (stride,), np.float32)
+        self._parameters = memory.array(offsets[7], (slots, stride), np.float32)
         self._total = memory.array(offsets[8], (stride,), dtype)
         self._sum = self._total[:size]
         self._buffers = memory.array(offsets[9], (n_buffers, stride), dtype)
@@ -87,13 +93,19 @@ class SharedReduction:
         if comms.rank in leaves:
             self._gradients = self._buffers[leaves.index(comms.rank), :size]
         self._size = size
+        self._moments = private_moments(size, slots)
+        if slots > 1:
+            self._moments = node_moments(comms, size, slots, spans_of(ownership.bounds, owned_by))
         self._kernels = load_kernels()
 
     def gradient_vector(self) -> NDArray:
         return self._gradients
 
-    def parameter_vector(self) -> NDArray[np.float32]:
-        return self._parameters[: self._size]
+    def parameter_slots(self) -> list[NDArray[np.float32]]:
+        return [slot[: self._size] for slot in self._parameters]
+
+    def moment_slots(self) -> list[Moments]:
+        return self._moments
 
     def share(self, parameters: NDArray[np.float32]) -> None:
         self._all.meet()
@@ -159,3 +171,20 @@ class SharedReduction:
     def free(self) -> None:
         if self._leaders != MPI.COMM_NULL:
             self._leaders.Free()
+
+
+def node_moments(comms: Communicators, size: int, slots: int, owned: Sequence[Span]) -> list[Moments]:
+    """Slots of zeroed moments that the ranks of a node share. Collective over the node; raises like its memory.
+
+    Args:
+        comms: the hierarchy.
+        size: of a vector.
+        slots: how many.
+        owned: what the owners on this node have of it: memory is taken for that alone.
+    """
+    stride = whole_lines(4 * size)
+    firsts = [stride * row for row in range(2 * slots)]
+    used = [(first + 4 * start, first + 4 * stop) for first in firsts for start, stop, _ in owned]
+    memory = NodeMemory(comms.node, 2 * slots * stride, comms.waiter, used)
+    rows = [memory.array(first, (size,), np.float32) for first in firsts]
+    return [Moments(m, v) for m, v in zip(rows[::2], rows[1::2], strict=True)]

@@ -28,6 +28,7 @@ class Model(Protocol):
     """A model that can be trained on the hierarchy."""
 
     parameters: ParameterBuffer
+    """A step may leave them in another slot: take the tensors from here for every batch."""
     symmetry_order: int
 
     def loss(self, batch: Batch) -> tuple[float, int]:

@@ -92,26 +92,46 @@ class ParameterLayout:
 
 
 class ParameterBuffer(ParameterLayout):
-    """A flat vector and its named views.
+    """A flat vector and its named views; or two, of which one is read while the other is written (slots).
 
     Args:
         specs: the tensors, in their order within the vector.
         dtype: element type (float32 in training, float64 in gradient checks).
-        storage: 1-D array of :attr:`size` elements to use instead of new memory.
+        storage: one or two 1-D arrays of :attr:`size` elements to use instead of new memory.
     """
 
     def __init__(
-        self, specs: Sequence[TensorSpec], dtype: DTypeLike = np.float32, storage: NDArray | None = None
+        self, specs: Sequence[TensorSpec], dtype: DTypeLike = np.float32, storage: Sequence[NDArray] = ()
     ) -> None:
         super().__init__(specs)
         self.dtype = np.dtype(dtype)
-        end = self.size
-        if storage is None:
-            storage = aligned_zeros(end, self.dtype)
-        if storage.shape != (end,) or storage.dtype != self.dtype:
-            raise ValueError(f"storage is {storage.dtype}{storage.shape}, expected {self.dtype}({end},)")
-        self.vector = storage
-        self.tensors = self.views(storage)
+        self.slots = tuple(storage) or (aligned_zeros(self.size, self.dtype),)
+        for vector in self.slots:
+            if vector.shape != (self.size,) or vector.dtype != self.dtype:
+                raise ValueError(f"storage is {vector.dtype}{vector.shape}, expected {self.dtype}({self.size},)")
+        self.tensors_of = [self.views(vector) for vector in self.slots]
+        """The named views into each slot."""
+        self.slot = 0
+        """The slot in use."""
+
+    @property
+    def vector(self) -> NDArray:
+        """The parameters."""
+        return self.slots[self.slot]
+
+    @property
+    def tensors(self) -> dict[str, NDArray]:
+        """Named views into them. After a flip they are others."""
+        return self.tensors_of[self.slot]
+
+    @property
+    def next(self) -> NDArray:
+        """Where an update is written to: the other slot, or the parameters themselves where there is but one."""
+        return self.slots[-1 - self.slot]
+
+    def flip(self) -> None:
+        """Make what was written the parameters, whole; where there is but one slot, they are already."""
+        self.slot = len(self.slots) - 1 - self.slot
 
     def views(self, vector: NDArray) -> dict[str, NDArray]:
         """Named views into another vector of this layout (gradients, moments)."""

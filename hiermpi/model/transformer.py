@@ -7,7 +7,7 @@ works on row ids, which are class-major (:mod:`hiermpi.hierarchy.symmetry`); che
 Sizes in comments: B sequences, T tokens of each, N = B T rows, C channels, H heads of D channels, V rows of the table.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -108,7 +108,7 @@ class Transformer:
         config: with the vocabulary size resolved.
         symmetry_group: (<= V,) symmetry class of each token id; others go by id modulo the order.
         dtype: float32, or float64 for gradient checks (then the kernels are the numpy reference).
-        storage: memory for the parameters, see :class:`ParameterBuffer`.
+        storage: memory for the parameters' slots, see :class:`ParameterBuffer`.
         micro_batch_size: most sequences computed at once; 0 chooses.
         kernels: by default the environment's.
     """
@@ -118,7 +118,7 @@ class Transformer:
         config: ModelConfig,
         symmetry_group: NDArray[np.uint8] | None = None,
         dtype: DTypeLike = np.float32,
-        storage: NDArray | None = None,
+        storage: Sequence[NDArray] = (),
         micro_batch_size: int = 0,
         kernels: Kernels | None = None,
     ) -> None:
@@ -134,7 +134,8 @@ class Transformer:
         self.micro_batch = micro_batch_sequences(config, micro_batch_size)
         self.kernels = (kernels or load_kernels()) if self.parameters.dtype == np.float32 else ReferenceKernels()
         self.threshold = threshold_of(config.dropout)
-        self._blocks = [_block(self.parameters.tensors, layer) for layer in range(config.n_layer)]
+        slots = self.parameters.tensors_of
+        self._blocks = [[_block(tensors, layer) for layer in range(config.n_layer)] for tensors in slots]
         self._whole: dict[str, NDArray] = {}
         """The buffers at their full size; empty until the first batch, so that who never computes pays nothing."""
         self._buffers: dict[str, NDArray] = {}
@@ -253,7 +254,7 @@ class Transformer:
         sequences, length = batch.inputs.shape
         buffers = self._reserve(sequences, length)
         kernels, tensors = self.kernels, self.parameters.tensors
-        layers, shape = self.config.n_layer, self._shape(batch)
+        layers, shape, blocks = self.config.n_layer, self._shape(batch), self._blocks[self.parameters.slot]
         x, middle, norm1, norm2 = buffers["x"], buffers["middle"], buffers["norm1"], buffers["norm2"]
         mean, rstd, branch = buffers["mean"], buffers["rstd"], buffers["branch"]
         keys = Keys(batch, threshold)
@@ -262,7 +263,7 @@ class Transformer:
         first = _norm(tensors, "h.0.ln_1")
         kernels.norm_forward(norm1[0], mean[0], rstd[0], x[0], *first)
         for i in range(layers):
-            p = self._blocks[i]
+            p = blocks[i]
             kernels.product(buffers["qkv"][i], norm1[i], p["attn.c_attn.weight"])
             site = 1 + 3 * i
             kernels.attention_forward(
@@ -305,7 +306,7 @@ class Transformer:
 
     def _backward(self, batch: Batch, gradients: "Gradients", keys: "Keys") -> None:
         buffers, kernels, tensors, grads = self._buffers, self.kernels, self.parameters.tensors, gradients.tensors
-        layers, shape = self.config.n_layer, self._shape(batch)
+        layers, shape, blocks = self.config.n_layer, self._shape(batch), self._blocks[self.parameters.slot]
         x, middle, norm1, norm2 = buffers["x"], buffers["middle"], buffers["norm1"], buffers["norm2"]
         mean, rstd = buffers["mean"], buffers["rstd"]
         dx, branch, wide = buffers["dx"], buffers["branch"], buffers["wide"]
@@ -320,7 +321,7 @@ class Transformer:
 
         norm_backward("ln_f", 2 * layers, f"h.{layers - 1}.mlp.c_proj", x[layers], True)
         for i in reversed(range(layers)):
-            p, block = self._blocks[i], f"h.{i}."
+            p, block = blocks[i], f"h.{i}."
             site = 1 + 3 * i
             dy = keys.drop_gradient(kernels, dx, buffers["dropped"], grads[block + "mlp.c_proj.bias"], site + 2)
             gradients.add_product(kernels, block + "mlp.c_proj.weight", buffers["active"][i].T, dy)

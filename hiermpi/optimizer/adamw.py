@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from math import sqrt
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +14,13 @@ Vector = NDArray[np.float32]
 
 BLOCK = 1 << 15
 """Elements of a pass of the numpy form: small enough that its temporaries stay in the cache."""
+
+
+class Moments(NamedTuple):
+    """Adam's, in vectors of the parameters' layout."""
+
+    m: Vector
+    v: Vector
 
 
 def adamw_update(

@@ -1,5 +1,10 @@
-"""AdamW with clipping and schedule on an owner's part of the parameters: the state that an owner holds."""
+"""AdamW with clipping and schedule on an owner's part of the parameters: the state that an owner holds.
 
+An update reads one slot of parameters and moments and writes another, which :meth:`Optimizer.commit` and
+:meth:`hiermpi.model.parameters.ParameterBuffer.flip` then put in its place. Until then it can be done again, or left.
+"""
+
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import fsum, isfinite
 
@@ -10,8 +15,8 @@ from hiermpi.config.schema import OptimizerConfig
 from hiermpi.hierarchy.lattice import Lattice
 from hiermpi.hierarchy.ownership import Ownership
 from hiermpi.model.kernels import Kernels
-from hiermpi.model.parameters import ParameterBuffer, lazy_zeros
-from hiermpi.optimizer.adamw import adamw_update
+from hiermpi.model.parameters import ParameterBuffer
+from hiermpi.optimizer.adamw import Moments, adamw_update
 from hiermpi.optimizer.norm import block_sums, clip_scale, total_norm
 from hiermpi.optimizer.schedule import warmup_cosine
 
@@ -40,8 +45,10 @@ class Optimizer:
     """Owns the moments of a part of ``parameters`` and applies updates to that part.
 
     Args:
-        parameters: updated in place.
+        parameters: updated, in place where they have one slot.
         settings: see :class:`OptimizerSettings`.
+        moments: zeroed slots for the moments of the whole vector, as many as the parameters have; of them only the
+            parts that are owned are written.
         ownership: of the vector.
         owner: whose part this is, by number; the root has an optimizer even where it owns nothing.
         class_bounds: (S + 1,) row offsets of the symmetry classes, for the lattice.
@@ -53,6 +60,7 @@ class Optimizer:
         self,
         parameters: ParameterBuffer,
         settings: OptimizerSettings,
+        moments: Sequence[Moments],
         ownership: Ownership,
         owner: int = 0,
         class_bounds: NDArray[np.int64] | None = None,
@@ -63,9 +71,8 @@ class Optimizer:
         self.parameters = parameters
         self.settings = settings
         self.spans = ownership.spans_of(owner)
-        self.m = lazy_zeros(parameters.size, parameters.dtype)
-        self.v = lazy_zeros(parameters.size, parameters.dtype)
-        """Of the whole vector, but memory is taken only for the parts that are written: those owned."""
+        self.moments = moments[0]
+        self._next = moments[-1]
         self.count = 0
         """Updates applied so far, Adam's t."""
         self.coupling = coupling
@@ -107,7 +114,7 @@ class Optimizer:
         return findings
 
     def update(self, gradients: NDArray[np.float32], n_tokens: int, norm: float, step: int) -> None:
-        """Divide the gradient sums once by the tokens, clip, and apply AdamW to the owned part.
+        """Divide the gradient sums once by the tokens, clip, and apply AdamW to the owned part, into the next slots.
 
         Args:
             gradients: sums over all tokens of the step.
@@ -117,27 +124,29 @@ class Optimizer:
         """
         if not isfinite(norm):
             raise ValueError(f"gradient norm is {norm}: such a step must be skipped")
-        self.count += 1
         if not self.spans:  # a root that only coordinates
             return
-        vector = self.parameters.vector
         adamw_update(
-            vector,
+            self.parameters.vector,
             gradients,
-            self.m,
-            self.v,
-            count=self.count,
+            *self.moments,
+            count=self.count + 1,
             learning_rate=self.settings.learning_rate(step),
             beta1=self.settings.config.beta1,
             beta2=self.settings.config.beta2,
             weight_decay=self.settings.config.weight_decay,
             decay_ranges=self._decay_ranges,
             scale=clip_scale(norm, self.settings.grad_clip) / n_tokens,
-            out_parameters=vector,
-            out_m=self.m,
-            out_v=self.v,
+            out_parameters=self.parameters.next,
+            out_m=self._next.m,
+            out_v=self._next.v,
             kernels=self.kernels,
         )
+
+    def commit(self) -> None:
+        """Count the update, and make the moments that it wrote the moments."""
+        self.count += 1
+        self.moments, self._next = self._next, self.moments
 
 
 def norm_and_lattice_loss(findings: NDArray[np.float64], n_tokens: int) -> tuple[float, float]:

@@ -11,6 +11,7 @@ from hiermpi.hierarchy.topology import Topology
 from hiermpi.model.parameters import ParameterLayout
 from hiermpi.model.transformer import activation_bytes, micro_batch_sequences, transformer_specs
 from hiermpi.optimizer.fixed_point import unit_sequences
+from hiermpi.optimizer.slots import slots_of
 from hiermpi.planning.owners import owned_elements, planned_ownership
 
 PROCESS_BYTES = 27_200_000
@@ -59,7 +60,7 @@ def memory_of(topology: Topology, config: Config, model: ModelConfig, data_bytes
         n: activations_of(model, min(n, micro_batch_sequences(model, config.train.micro_batch_size)))
         for n in {0, most, roots}
     }
-    shared = shares_memory(topology, config)
+    shared, slots = shares_memory(topology, config), slots_of(config)
     messages = MESSAGE_BYTES if topology.size > 1 and config.hierarchy.reduction in ("auto", "tree") else 0
 
     def of(rank: int) -> int:
@@ -67,11 +68,12 @@ def memory_of(topology: Topology, config: Config, model: ModelConfig, data_bytes
         # Shared: one copy of the parameters and one of the sum for all ranks of the node. Sums in fixed point are
         # twice as long, and the gradient of a unit stands beside them.
         sums, unit = (2 * vector, vector) if config.hierarchy.reproducible else (vector, 0)
+        parameters = slots * vector
         own = unit + (sums if topology.is_leaf(rank) or not shared else 0)
-        gradient_and_parameters = own + ((vector + sums) // neighbours if shared else vector)
+        gradient_and_parameters = own + ((parameters + sums) // neighbours if shared else parameters)
         root = ROOT_BYTES + data_bytes if rank == 0 else 0
         leaf = activations[roots if rank == 0 else most] if topology.is_leaf(rank) else 0
-        moments = 8 * owned.get(rank, 0)
+        moments = 8 * slots * owned.get(rank, 0)
         own_process = PROCESS_BYTES + messages + LIBRARY_BYTES // neighbours
         return own_process + gradient_and_parameters + moments + leaf + root
 

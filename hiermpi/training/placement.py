@@ -1,5 +1,7 @@
 """Who owns which part of a model's vector, and the optimizer of each owner."""
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -10,6 +12,7 @@ from hiermpi.hierarchy.topology import Topology
 from hiermpi.model.kernels import Kernels
 from hiermpi.model.parameters import ParameterLayout
 from hiermpi.model.transformer import Transformer, transformer_specs
+from hiermpi.optimizer.adamw import Moments
 from hiermpi.optimizer.norm import norm_blocks
 from hiermpi.optimizer.optimizer import Optimizer, OptimizerSettings
 
@@ -27,15 +30,24 @@ def optimizer_settings(config: Config) -> OptimizerSettings:
 
 
 def make_optimizer(
-    config: Config, model: Transformer, ownership: Ownership, rank: int, kernels: Kernels | None = None
+    config: Config,
+    model: Transformer,
+    moments: Sequence[Moments],
+    ownership: Ownership,
+    rank: int,
+    kernels: Kernels | None = None,
 ) -> Optimizer | None:
-    """The optimizer of what ``rank`` owns; the root has one in any case, other ranks may have none."""
+    """The optimizer of what ``rank`` owns; the root has one in any case, other ranks may have none.
+
+    ``moments`` are zeroed slots, see :class:`Optimizer`.
+    """
     number = ownership.number(rank)
     if number is None:
         return None
     return Optimizer(
         model.parameters,
         optimizer_settings(config),
+        moments,
         ownership,
         number,
         model.symmetry.class_bounds,

@@ -31,6 +31,7 @@ from hiermpi.model.kernels import load_kernels
 from hiermpi.model.parameters import lazy_zeros
 from hiermpi.model.transformer import Transformer
 from hiermpi.optimizer.fixed_point import differing, routed_together, summed_type
+from hiermpi.optimizer.slots import slots_of
 from hiermpi.training.batches import BatchSource, EvaluationSource
 from hiermpi.training.evaluation import Evaluation
 from hiermpi.training.evaluator import Evaluator
@@ -201,7 +202,8 @@ class Session:
         self.progress = Progress(start.step, start.cursor, start.skipped)
         self.stopping = self._stop_requests()
         self.model = self._model()
-        self.optimizer = make_optimizer(config, self.model, self.ownership, comms.rank)
+        moments = self.reduction.moment_slots()
+        self.optimizer = make_optimizer(config, self.model, moments, self.ownership, comms.rank)
         self._load_state()
         self._saved_step = start.step if start.step else -1
         scatter = make_scatter(
@@ -278,7 +280,7 @@ class Session:
         error = None
         unsaved = self.progress.step != self._saved_step
         self._saved_step = self.progress.step
-        mine = (self.optimizer.m, self.optimizer.v) if self.optimizer else (None, None)
+        mine = self.optimizer.moments if self.optimizer else (None, None)
         m, v = (gather_owned(self.comms, self.ownership, vector) if unsaved else None for vector in mine)
         try:
             if recorder and saver:
@@ -337,7 +339,8 @@ class Session:
         """As configured; a choice by time is kept in the run folder, so that a resumed run sums in the same way."""
         config, place = self.config.hierarchy, self.comms.topology.layout
         known = "" if config.retune else self.start.reductions.get(place, "")
-        chosen = make_reduction(config.reduction, self.comms, self.ownership, summed_type(self.config), known)
+        dtype, slots = summed_type(self.config), slots_of(self.config)
+        chosen = make_reduction(config.reduction, self.comms, self.ownership, dtype, known, slots)
         error = None
         if self.opened and chosen.seconds:
             times = ", ".join(f"{name} {1e3 * seconds:.1f} ms" for name, seconds in chosen.seconds.items())
@@ -364,7 +367,7 @@ class Session:
             model = Transformer(
                 self.config.model,
                 self.groups,
-                storage=self.reduction.parameter_vector(),
+                storage=self.reduction.parameter_slots(),
                 micro_batch_size=self.config.train.micro_batch_size,
             )
         except MemoryError as caught:
@@ -390,7 +393,8 @@ class Session:
             if saved is not None:
                 whole = lazy_zeros(model.parameters.size, np.float32)
                 model.load_token_order(getattr(saved, name), whole)
-            deal_out_owned(self.comms, self.ownership, whole, getattr(self.optimizer, name, None))
+            mine = getattr(self.optimizer.moments, name) if self.optimizer else None
+            deal_out_owned(self.comms, self.ownership, whole, mine)
 
     def _source(self) -> BatchSource | None:
         if self.opened is None:

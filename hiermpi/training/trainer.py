@@ -1,8 +1,10 @@
 """One training step on the hierarchy, and the loop around it.
 
-A step reads as the method does: batch, scatter, compute, reduce, optimize, broadcast, commit. It is a
-transaction: until :meth:`Trainer.commit` nothing but scratch has changed on any rank but the root's parameters and
-moments, and those only after every leaf has reported finite gradients.
+A step reads as the method does: batch, scatter, compute, reduce, optimize, broadcast, commit. It is a transaction:
+before the commit only scratch has changed, and the parameters and moments only after every leaf has reported finite
+gradients. Where these have two slots (:mod:`hiermpi.optimizer.slots`) not even they have: a step that some rank did not
+live to commit can be done again. Ranks are then never more than one commit apart, as nobody gives gradients to a step
+before it has committed the one before, and the slot of that one stays until the sum of the next has come.
 """
 
 import logging
@@ -250,7 +252,7 @@ class Trainer:
 
     def _broadcast(self, verdict: Verdict) -> Verdict:
         vector = np.array(verdict, np.float64)
-        self.reduction.broadcast(vector, self.model.parameters.vector)
+        self.reduction.broadcast(vector, self.model.parameters.next)
         return Verdict(*(float(value) for value in vector))
 
     def _commit(self, verdict: Verdict, rows: NDArray[np.int32], batch: PreparedBatch | None) -> None:
@@ -262,6 +264,9 @@ class Trainer:
         if self.source and batch:
             self.source.router.record(batch.routing)
         if verdict.applied:
+            self.model.parameters.flip()
+            if self.optimizer is not None:
+                self.optimizer.commit()
             progress.skipped_in_a_row = 0
             return
         unseen = self.reduction.keeps_gradients and not self.reproducible and not self._complaint

@@ -72,7 +72,7 @@ def test_views_into_another_vector_share_its_memory():
 
 def test_storage_is_used_as_it_is():
     storage = np.arange(SIZE, dtype=np.float32)
-    buffer = ParameterBuffer(SPECS, storage=storage)
+    buffer = ParameterBuffer(SPECS, storage=[storage])
     assert buffer.vector is storage
     np.testing.assert_array_equal(buffer["bias"], np.arange(48, 55))
 
@@ -82,4 +82,24 @@ def test_storage_is_used_as_it_is():
 )
 def test_storage_that_does_not_fit_is_refused(storage):
     with pytest.raises(ValueError, match=r"storage is .* expected float32\(80,\)"):
-        ParameterBuffer(SPECS, storage=storage)
+        ParameterBuffer(SPECS, storage=[storage])
+
+
+def test_two_slots_take_turns():
+    one, other = np.zeros(SIZE, np.float32), np.ones(SIZE, np.float32)
+    buffer = ParameterBuffer(SPECS, storage=[one, other])
+    for current, following in ((one, other), (other, one), (one, other)):
+        assert buffer.vector is current
+        assert buffer.next is following
+        assert np.shares_memory(buffer["bias"], current)
+        assert np.shares_memory(buffer.tensors["bias"], current)
+        buffer.flip()
+
+
+def test_one_slot_stays():
+    buffer = ParameterBuffer(SPECS)
+    assert buffer.next is buffer.vector
+    tensor = buffer["bias"]
+    buffer.flip()
+    assert buffer.next is buffer.vector
+    assert buffer["bias"] is tensor

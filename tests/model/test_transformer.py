@@ -32,7 +32,7 @@ def make_config(**changes):
 
 def make_model(symmetry_group=TABLE, dtype=np.float64, micro_batch_size=0, kernels=None, **changes):
     """A model whose parameters are all far from zero, so that every gradient is."""
-    model = Transformer(make_config(**changes), symmetry_group, dtype, None, micro_batch_size, kernels)
+    model = Transformer(make_config(**changes), symmetry_group, dtype, (), micro_batch_size, kernels)
     model.initialize(1)
     rng = np.random.default_rng(2)
     tensors = model.tensors_in_token_order(model.parameters.vector)

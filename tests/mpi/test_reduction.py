@@ -89,7 +89,7 @@ def test_same_bits_every_time(comm, kind):
 def test_broadcast_reaches_every_rank(comm, kind):
     comms = Communicators(comm, 12)
     how = make_reduction(kind, comms, owned_by_root(1000)).reduction
-    parameters = how.parameter_vector()
+    parameters = how.parameter_slots()[0]
     for value in (7.5, 8.5):
         if comm.rank == 0:
             parameters[:] = value

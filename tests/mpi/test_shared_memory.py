@@ -131,7 +131,7 @@ def test_sums_one_after_the_other(comms, n):
         expected = size * (size - 1) / 2 + size * turn
         good.append(comms.rank != 0 or bool((total == expected).all() and (sums == expected).all()))
         verdict = np.array([1.0, turn] if comms.rank == 0 else [0.0, 0.0])
-        how.broadcast(verdict, how.parameter_vector())
+        how.broadcast(verdict, how.parameter_slots()[0])
         good.append(verdict.tolist() == [1.0, turn])
     collective_assert(comms.world, all(good), good)
     for turn in range(ROUNDS):  # and with no broadcast between
