@@ -1,4 +1,4 @@
-"""The libraries compiled at install, each of them optional, and what they are called with."""
+"""The libraries compiled at install, each of them optional, what they are called with, and the C library's memory."""
 
 import ctypes
 import importlib.machinery
@@ -17,6 +17,13 @@ def built_library(folder: Path, name: str) -> ctypes.CDLL | None:
         if path.exists():
             return ctypes.CDLL(str(path))
     return None
+
+
+def give_back_memory() -> None:
+    """Have the C library give the system what was freed; where it cannot, nothing happens."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def at(array: NDArray[Any]) -> int:

@@ -24,7 +24,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", type=Path, metavar="FILE", help="dataset, for its vocabulary and size")
     parser.add_argument("--suggest", action="store_true", help="suggest a batch size and threads per rank")
     parser.add_argument(
-        "--cores-per-node", type=int, default=0, metavar="C", help="for --suggest (default: this machine's)"
+        "--cores-per-node",
+        type=int,
+        default=0,
+        metavar="C",
+        help="of the nodes, to tell who sums and to suggest (default: this machine's)",
     )
     parser.add_argument(
         "--machine", type=Path, metavar="FILE", help="measures to predict from (default: those of hiermpi bench reduce)"
@@ -58,11 +62,11 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.ranks_per_node,
         coordinators=config.hierarchy.coordinators,
     )
-    planned = plan(topology, config, config.model.vocab_size or vocab_size, data_bytes)
+    cores = arguments.cores_per_node or os.cpu_count() or 1
+    planned = plan(topology, config, config.model.vocab_size or vocab_size, data_bytes, cores)
     machine = read_machine(arguments.machine)
     if machine:
         planned["prediction"] = forecast(machine, topology, config, planned["vocab_size"])
-    cores = arguments.cores_per_node or os.cpu_count() or 1
     suggestions = suggest(topology, config, planned, cores) if arguments.suggest else []
     if arguments.json:
         print(json.dumps(planned | {"suggestions": [entry._asdict() for entry in suggestions]}))

@@ -17,6 +17,8 @@ from hiermpi.communication.shared_memory import shared_memory_usable
 from hiermpi.communication.shared_reduction import SharedReduction
 from hiermpi.errors import UserError
 from hiermpi.hierarchy.ownership import Ownership
+from hiermpi.model.parameters import lazy_zeros
+from hiermpi.native import give_back_memory
 
 PREFERRED = ("shared", "tree", "flat")
 """Of candidates that are about as fast, the first is taken, so that noise seldom decides."""
@@ -99,13 +101,17 @@ def fastest(comms: Communicators, ownership: Ownership, dtype: DTypeLike, slots:
     candidates["tree"] = TreeReduction(comms, ownership, dtype, slots)
     candidates["flat"] = FlatReduction(comms, ownership, dtype, slots)
     # One gradient vector serves all, and as their parameters too: only shared has its own.
-    gradients = next(iter(candidates.values())).gradient_vector()
+    leaf = comms.topology.is_leaf(comms.rank)
+    gradients = next(iter(candidates.values())).gradient_vector() if leaf else lazy_zeros(ownership.size, dtype)
     seconds = time_in_turns(comms, candidates, gradients)
     name = preferred(seconds)
-    gradients[:] = 0
+    if leaf:
+        gradients[:] = 0
     for other, reduction in candidates.items():
         if other != name:
             reduction.free()
+    del gradients
+    give_back_memory()  # that messages took: 6 MB and more, which ranks that do not compute would never use again
     return Chosen(candidates[name], seconds)
 
 

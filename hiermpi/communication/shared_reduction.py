@@ -17,14 +17,12 @@ from numpy.typing import DTypeLike, NDArray
 from hiermpi.communication.communicators import Communicators
 from hiermpi.communication.reduction import broadcast_spans, exchange_on_control, private_moments, reduce_spans
 from hiermpi.communication.shared_memory import Gate, Mailboxes, NodeMemory, laid_out, whole_lines
-from hiermpi.hierarchy.ownership import FREE, Ownership, Span, lanes, node_sums, spans_of
+from hiermpi.hierarchy.ownership import Ownership, Span, lanes, owners_here, spans_of, summing
 from hiermpi.model.kernels import load_kernels
 from hiermpi.model.parameters import lazy_zeros
 from hiermpi.optimizer.adamw import Moments
 
 EXCHANGED_ROWS = 2
-SUMMED_ALONE = 1 << 20
-"""Bytes of a node's gradients up to which spreading their sum costs more than it saves."""
 
 
 class SharedReduction:
@@ -56,16 +54,12 @@ class SharedReduction:
         self._leaders = comms.world.Split(node.rank if carries else MPI.UNDEFINED, topology.nodes[comms.rank])
         self._lane = parts[node.rank] if carries else []
         """What this rank carries between the nodes."""
-        here = topology.ranks_of_node[topology.nodes[comms.rank]]
-        owned_by = np.array([here.index(rank) if rank in here else FREE for rank in ownership.ranks])[ownership.owners]
-        summed_by = node_sums(ownership, topology, topology.nodes[comms.rank])
-        leaves = [rank for rank in here if topology.is_leaf(rank)]
+        place, stride, width = topology.nodes[comms.rank], whole_lines(4 * size) // 4, np.dtype(dtype).itemsize
+        owned_by = owners_here(ownership, topology, place)
+        summed_by = summing(ownership, topology, place, width, os.cpu_count() or 1)
+        leaves = [rank for rank in topology.ranks_of_node[place] if topology.is_leaf(rank)]
         n_buffers = max(len(leaves), 1)  # where nobody computes, zeros
-        stride, width = whole_lines(4 * size) // 4, np.dtype(dtype).itemsize
         owners = sorted({0, *owned_by[owned_by >= 0].tolist()})
-        few = width * size * n_buffers <= SUMMED_ALONE or len(owners) >= (os.cpu_count() or 1)
-        if not self._several and few:
-            summed_by = owned_by
         self._sums_its_own = not self._several and bool((summed_by == owned_by).all())
         """Whether every owner sums what it owns, so that it need not wait for others' sums."""
         self._slices = [span for span in spans_of(ownership.bounds, summed_by) if span.owner == node.rank]
@@ -74,8 +68,8 @@ class SharedReduction:
         self._waits_for_sums = self._several or self._owns or bool(self._slices)
         self._blocks = np.empty(0, np.int64) if number is None else ownership.blocks_of(number)
         members, n_blocks = range(node.size), len(ownership.owners)
-        summing = sorted({0, *summed_by[summed_by >= 0].tolist()})
-        gates = [members, members, summing, owners]
+        summers = sorted({0, *summed_by[summed_by >= 0].tolist()})
+        gates = [members, members, summers, owners]
         pieces = [*(Gate.nbytes(len(some)) for some in gates), *[Mailboxes.nbytes(node.size)] * 2]
         pieces += [8 * EXCHANGED_ROWS * n_blocks, 4 * stride * slots, width * stride, width * stride * n_buffers]
         *offsets, end = laid_out(*pieces)

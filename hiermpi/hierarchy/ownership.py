@@ -20,7 +20,9 @@ from numpy.typing import NDArray
 from hiermpi.hierarchy.topology import Topology
 
 FREE = -1
-"""Of a block that belongs to no class."""
+"""Of a block that belongs to no class, or to nobody here."""
+SUMMED_ALONE = 1 << 20
+"""Bytes of a node's gradients up to which spreading their sum costs more than it saves."""
 
 
 class Span(NamedTuple):
@@ -135,16 +137,40 @@ def water_filled(loads: NDArray[np.float64], more: float) -> NDArray[np.float64]
     return np.maximum(level - loads, 0.0)
 
 
-def node_sums(ownership: Ownership, topology: Topology, node: int) -> NDArray[np.int64]:
+def owners_here(ownership: Ownership, topology: Topology, node: int) -> NDArray[np.int64]:
+    """(n,) the owner of each block, by its place on ``node``; :data:`FREE` where it is elsewhere."""
+    place = {rank: index for index, rank in enumerate(topology.ranks_of_node[node])}
+    return np.array([place.get(rank, FREE) for rank in ownership.ranks])[ownership.owners]
+
+
+def summing(ownership: Ownership, topology: Topology, node: int, width: int, cores: int) -> NDArray[np.int64]:
     """(n,) the rank on ``node``, by its place there, that sums each block over the gradients of the node.
+
+    On one node the owners sum what they own, where they are as many as the cores, or where there is so little that
+    spreading the sum costs more than it saves. Elsewhere all take part: :func:`node_sums`.
+
+    Args:
+        ownership: of the vector.
+        topology: the ranks.
+        node: by number.
+        width: bytes of an element of the gradients.
+        cores: of a node.
+    """
+    if topology.n_nodes == 1:
+        owners = owners_here(ownership, topology, node)
+        if width * ownership.size * topology.n_leaves <= SUMMED_ALONE or len({0, *owners.tolist()}) >= cores:
+            return owners
+    return node_sums(ownership, topology, node)
+
+
+def node_sums(ownership: Ownership, topology: Topology, node: int) -> NDArray[np.int64]:
+    """(n,) as :func:`summing`, by all ranks of the node.
 
     Owners of table rows sum those themselves; everything else is dealt out among all ranks there but a root that
     only coordinates.
     """
     here = topology.ranks_of_node[node]
-    place = {rank: index for index, rank in enumerate(here)}
-    places = np.array([place.get(rank, FREE) for rank in ownership.ranks])
-    owner_here = places[ownership.owners]
+    owner_here = owners_here(ownership, topology, node)
     fixed = np.where((ownership.classes >= 0) & ownership.shared_out, owner_here, FREE)
     members = [index for index, rank in enumerate(here) if rank or topology.is_leaf(0) or len(here) == 1]
     return dealt_out(np.diff(ownership.bounds), fixed, members)

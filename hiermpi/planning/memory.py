@@ -6,10 +6,20 @@ activations are counted from the shapes.
 
 from typing import NamedTuple
 
+import numpy as np
+
 from hiermpi.config.schema import Config, ModelConfig
-from hiermpi.hierarchy.topology import Topology
+from hiermpi.hierarchy.ownership import Ownership, summing
+from hiermpi.hierarchy.topology import Role, Topology
+from hiermpi.model.kernels.compiled import PANEL_COLUMNS
+from hiermpi.model.kernels.reference import padded
 from hiermpi.model.parameters import ParameterLayout
-from hiermpi.model.transformer import activation_bytes, micro_batch_sequences, transformer_specs
+from hiermpi.model.transformer import (
+    LOGITS_BUFFER_ELEMENTS,
+    activation_bytes,
+    micro_batch_sequences,
+    transformer_specs,
+)
 from hiermpi.optimizer.fixed_point import unit_sequences
 from hiermpi.optimizer.slots import slots_of
 from hiermpi.planning.owners import owned_elements, planned_ownership
@@ -21,7 +31,7 @@ LIBRARY_BYTES = 20_600_000
 ROOT_BYTES = 27_000_000
 """What the root loads besides: HDF5, the validation of settings, the router."""
 MESSAGE_BYTES = 5_000_000
-"""What a rank keeps of having sent whole vectors up the tree, as ``auto`` does when it times it: 4.7 to 6 MB."""
+"""What the root and the control ranks keep of sending each other whole vectors in the tree: 4.5 to 6 MB."""
 SAVING_VECTORS = 6
 """Vectors that the root holds while it saves: parameters and moments in token order, and the file built of them."""
 GATHERED_VECTORS = 2
@@ -38,7 +48,9 @@ class Memory(NamedTuple):
     """What the root takes besides while it writes a checkpoint."""
 
 
-def memory_of(topology: Topology, config: Config, model: ModelConfig, data_bytes: int = 0) -> Memory:
+def memory_of(
+    topology: Topology, config: Config, model: ModelConfig, data_bytes: int = 0, cores: int = 1
+) -> Memory:
     """The memory of every rank. The root computes what the groups leave over.
 
     Args:
@@ -46,6 +58,7 @@ def memory_of(topology: Topology, config: Config, model: ModelConfig, data_bytes
         config: resolved.
         model: with the vocabulary size.
         data_bytes: tokens that the root keeps in memory.
+        cores: of a node.
     """
     layout = ParameterLayout(transformer_specs(model))
     vector = 4 * layout.size
@@ -61,21 +74,29 @@ def memory_of(topology: Topology, config: Config, model: ModelConfig, data_bytes
         for n in {0, most, roots}
     }
     shared, slots = shares_memory(topology, config), slots_of(config)
-    messages = MESSAGE_BYTES if topology.size > 1 and config.hierarchy.reduction in ("auto", "tree") else 0
+    parameters = slots * vector
+    # Sums in fixed point are twice as long, and the gradient of a unit stands beside them.
+    sums, unit = (2 * vector, vector) if config.hierarchy.reproducible else (vector, 0)
+    summed = summed_parts(topology, ownership, sums // layout.size, cores) if shared else []
+    messages = topology.size > 1 and not shared and config.hierarchy.reduction != "flat"
+
+    def vectors(rank: int) -> int:
+        """Gradient, sum and parameters. Pages that several ranks touch are theirs in equal parts."""
+        own = sums if topology.is_leaf(rank) else 0
+        if not shared:
+            return unit + sums + parameters
+        here = topology.ranks_of_node[topology.nodes[rank]]
+        part, others = summed[rank], sums * sum(map(topology.is_leaf, here)) - own
+        gradients = own * part + own * (1 - part) / 2 + others * part / 2
+        return unit + round(gradients + sums * part) + parameters // len(here)
 
     def of(rank: int) -> int:
-        neighbours = len(topology.ranks_of_node[topology.nodes[rank]])
-        # Shared: one copy of the parameters and one of the sum for all ranks of the node. Sums in fixed point are
-        # twice as long, and the gradient of a unit stands beside them.
-        sums, unit = (2 * vector, vector) if config.hierarchy.reproducible else (vector, 0)
-        parameters = slots * vector
-        own = unit + (sums if topology.is_leaf(rank) or not shared else 0)
-        gradient_and_parameters = own + ((parameters + sums) // neighbours if shared else parameters)
+        process = PROCESS_BYTES + LIBRARY_BYTES // len(topology.ranks_of_node[topology.nodes[rank]])
         root = ROOT_BYTES + data_bytes if rank == 0 else 0
         leaf = activations[roots if rank == 0 else most] if topology.is_leaf(rank) else 0
         moments = 8 * slots * owned.get(rank, 0)
-        own_process = PROCESS_BYTES + messages + LIBRARY_BYTES // neighbours
-        return own_process + gradient_and_parameters + moments + leaf + root
+        exchanged = MESSAGE_BYTES if messages and topology.role(rank) is not Role.WORKER else 0
+        return process + root + vectors(rank) + moments + leaf + exchanged
 
     per_rank = [of(rank) for rank in range(topology.size)]
     per_node = [0] * topology.n_nodes
@@ -86,8 +107,28 @@ def memory_of(topology: Topology, config: Config, model: ModelConfig, data_bytes
 
 
 def activations_of(model: ModelConfig, sequences: int) -> int:
-    """Bytes of the buffers of a leaf that computes ``sequences`` at once; none where it never computes."""
-    return activation_bytes(model, sequences) if sequences else 0
+    """Bytes of the buffers of a leaf that computes ``sequences`` at once, and of what its kernels pack operands into.
+
+    None where it never computes.
+    """
+    if not sequences:
+        return 0
+    length, rows = model.context_length, sequences * model.context_length
+    head = padded(model.n_embd // model.n_head)
+    packed = rows * (PANEL_COLUMNS + max(4 * model.n_embd, min(model.vocab_size, LOGITS_BUFFER_ELEMENTS // rows)))
+    attention = 8 * padded(length) * head + 2 * padded(length) ** 2
+    return activation_bytes(model, sequences) + 4 * (packed + attention)
+
+
+def summed_parts(topology: Topology, ownership: Ownership, width: int, cores: int) -> list[float]:
+    """The part of the vector that each rank sums over its node's gradients."""
+    parts = [0.0] * topology.size
+    sizes = np.diff(ownership.bounds) / ownership.size
+    for node, here in enumerate(topology.ranks_of_node):
+        by = summing(ownership, topology, node, width, cores)
+        for place, part in enumerate(np.bincount(by, sizes, minlength=len(here))):
+            parts[here[place]] = float(part)
+    return parts
 
 
 def shares_memory(topology: Topology, config: Config) -> bool:

@@ -11,7 +11,9 @@ from hiermpi.planning.memory import memory_of, shares_memory
 from hiermpi.planning.owners import owned_elements, planned_ownership
 
 
-def plan(topology: Topology, config: Config, vocab_size: int, data_bytes: int = 0) -> dict[str, Any]:
+def plan(
+    topology: Topology, config: Config, vocab_size: int, data_bytes: int = 0, cores: int = 1
+) -> dict[str, Any]:
     """The plan in the form that ``--json`` prints.
 
     Args:
@@ -19,6 +21,7 @@ def plan(topology: Topology, config: Config, vocab_size: int, data_bytes: int = 
         config: resolved.
         vocab_size: rows of the token table.
         data_bytes: tokens that the root keeps in memory.
+        cores: of a node.
     """
     model = dataclasses.replace(config.model, vocab_size=vocab_size)
     specs = transformer_specs(model)
@@ -26,7 +29,7 @@ def plan(topology: Topology, config: Config, vocab_size: int, data_bytes: int = 
     n_leaves = topology.n_leaves
     roles = [topology.role(rank) for rank in range(topology.size)]
     owned = owned_elements(planned_ownership(topology, config, model))
-    memory = memory_of(topology, config, model, data_bytes)
+    memory = memory_of(topology, config, model, data_bytes, cores)
     workers = [size for size, role in zip(memory.per_rank, roles, strict=True) if role is Role.WORKER]
     return {
         "ranks": topology.size,

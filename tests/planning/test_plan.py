@@ -58,10 +58,16 @@ def test_memory_counts_what_a_rank_holds():
     shared, _, _ = planned(4, reduction="shared")
     tree, _, _ = planned(4, reduction="tree")
     flat, _, _ = planned(4, reduction="flat")
-    assert flat["memory_bytes"]["control"] - shared["memory_bytes"]["control"] == VECTOR - 2 * VECTOR // 4
+    # One copy of parameters and sum for four ranks, and each pays for half of what another sums of its gradient.
+    assert flat["memory_bytes"]["control"] - shared["memory_bytes"]["control"] == pytest.approx(VECTOR // 2, rel=0.05)
+    assert flat["memory_bytes"]["node"] - shared["memory_bytes"]["node"] == pytest.approx(2 * VECTOR, abs=1000)
     assert tree["memory_bytes"]["control"] - flat["memory_bytes"]["control"] == MESSAGE_BYTES
     more, _, _ = planned(4, reduction="shared", batch=4)
     assert more["memory_bytes"]["control"] < shared["memory_bytes"]["control"]
+    large, _, _ = planned(64, reduction="shared", batch=64)  # owners touch every rank's gradient, workers their own
+    owned = VECTOR / 13
+    reading = large["memory_bytes"]["control"] - large["memory_bytes"]["worker"] - 2 * owned
+    assert reading == pytest.approx((63 * owned + owned) / 2 + owned, rel=0.05)
     alone, _, _ = planned(1)
     owned = 2 * VECTOR  # both moments, all at one rank or shared out
     assert tree["memory_bytes"]["root"] - tree["memory_bytes"]["control"] == pytest.approx(27_000_000, abs=8 * 4096 * 4)
