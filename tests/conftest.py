@@ -12,6 +12,11 @@ for variable in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"):
 MPI_KEYWORDS = {"min_size"}
 
 
+@pytest.fixture(scope="session", autouse=True)
+def no_settings_of_the_user(tmp_path_factory):
+    """Tests neither read nor write what ``bench reduce`` keeps in the user's configuration folder."""
+    os.environ["XDG_CONFIG_HOME"] = str(tmp_path_factory.mktemp("config"))
+
 
 def _world():
     from mpi4py import MPI

@@ -17,8 +17,8 @@ from hiermpi.communication.waiting import Waiter
 from hiermpi.config.schema import Config
 from hiermpi.model.contract import Batch
 from hiermpi.model.kernels import load_kernels
-from hiermpi.model.transformer import Transformer, flops_per_token, micro_batch_sequences
-from hiermpi.planning.cost import Line, Machine, predict
+from hiermpi.model.transformer import Transformer, micro_batch_sequences
+from hiermpi.planning.cost import Line, Machine, predict, token_work
 from hiermpi.training.batches import BatchSource
 from hiermpi.training.trainer import Trainer
 
@@ -52,7 +52,7 @@ def measure_machine(config: Config, world: MPI.Comm, rows: list[dict[str, Any]])
         date=datetime.datetime.now(tz=datetime.UTC).date().isoformat(),
         cores=cores,
         ranks=world.size,
-        token_flops=flops_per_token(config.model),
+        token_work=token_work(config.model),
         token_seconds=token,
         call_seconds=call,
         crowding=max(1.0, crowding),

@@ -8,8 +8,7 @@ import pytest
 from hiermpi.cli import main
 from hiermpi.config.schema import Config, HierarchyConfig, ModelConfig, OptimizerConfig, TrainConfig
 from hiermpi.hierarchy.topology import Topology
-from hiermpi.model.transformer import flops_per_token
-from hiermpi.planning.cost import Line, Machine, fewest_tokens, forecast, machine_from_json, predict
+from hiermpi.planning.cost import Line, Machine, fewest_tokens, forecast, machine_from_json, predict, token_work
 
 MODEL = ModelConfig(vocab_size=256)
 MACHINE = Machine(
@@ -17,7 +16,7 @@ MACHINE = Machine(
     date="2026-01-01",
     cores=2,
     ranks=13,
-    token_flops=flops_per_token(MODEL),
+    token_work=token_work(MODEL),
     token_seconds=1e-4,
     call_seconds=1e-3,
     crowding=1.1,
