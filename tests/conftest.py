@@ -2,6 +2,7 @@
 
 import os
 import sys
+import tempfile
 
 import pytest
 
@@ -13,9 +14,11 @@ MPI_KEYWORDS = {"min_size"}
 
 
 @pytest.fixture(scope="session", autouse=True)
-def no_settings_of_the_user(tmp_path_factory):
+def no_settings_of_the_user():
     """Tests neither read nor write what ``bench reduce`` keeps in the user's configuration folder."""
-    os.environ["XDG_CONFIG_HOME"] = str(tmp_path_factory.mktemp("config"))
+    with tempfile.TemporaryDirectory() as folder:  # pytest's own are not made for several ranks at once
+        os.environ["XDG_CONFIG_HOME"] = folder
+        yield
 
 
 def _world():

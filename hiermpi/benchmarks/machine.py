@@ -13,11 +13,13 @@ from mpi4py import MPI
 from hiermpi.benchmarks.step import make_trainer
 from hiermpi.communication.communicators import Communicators, usable_cores
 from hiermpi.communication.objects import broadcast_object
+from hiermpi.communication.turns import Turns, make_turns
 from hiermpi.communication.waiting import Waiter
 from hiermpi.config.schema import Config
 from hiermpi.model.contract import Batch
 from hiermpi.model.kernels import load_kernels
-from hiermpi.model.transformer import Transformer, micro_batch_sequences
+from hiermpi.model.transformer import Transformer
+from hiermpi.model.workspace import micro_batch_sequences
 from hiermpi.planning.cost import Line, Machine, predict, token_work
 from hiermpi.training.batches import BatchSource
 from hiermpi.training.trainer import Trainer
@@ -44,7 +46,9 @@ def measure_machine(config: Config, world: MPI.Comm, rows: list[dict[str, Any]])
     call, token = compute_seconds(config, world, few, waiter)
     crowding = 1.0
     if world.size > cores:
-        crowded_call, crowded_token = compute_seconds(config, world, world.size, waiter)
+        comms = Communicators(world, config.model.symmetry_order)
+        crowded_call, crowded_token = compute_seconds(config, world, world.size, waiter, comms)
+        comms.free()
         several = 4 * config.model.context_length
         crowding = (crowded_call + several * crowded_token) / (call + several * token)
     machine = Machine(
@@ -69,12 +73,15 @@ def measure_machine(config: Config, world: MPI.Comm, rows: list[dict[str, Any]])
     return broadcast_object(world, machine, waiter)
 
 
-def compute_seconds(config: Config, world: MPI.Comm, n: int, waiter: Waiter) -> tuple[float, float]:
-    """(per call, per token) CPU seconds while ``n`` ranks compute at once; the others sleep. Collective."""
+def compute_seconds(
+    config: Config, world: MPI.Comm, n: int, waiter: Waiter, comms: Communicators | None = None
+) -> tuple[float, float]:
+    """(per call, per token) CPU seconds as ``n`` ranks compute, others asleep; in turns with ``comms``. Collective."""
     model = config.model
     several = max(2, min(micro_batch_sequences(model, config.train.micro_batch_size), 8))
     medians = np.zeros(2)
     transformer = Transformer(model, micro_batch_size=several, kernels=load_kernels())
+    turns = make_turns(comms, transformer) if comms else Turns()
     if world.rank < n:
         transformer.initialize(1)
         gradients = transformer.parameters.new_vector()
@@ -84,14 +91,14 @@ def compute_seconds(config: Config, world: MPI.Comm, n: int, waiter: Waiter) -> 
         if world.rank < n:
             rows = tokens[:sequences].astype(np.int32)
             batch = Batch(rows[:, :-1], rows[:, 1:], np.arange(sequences), 1, 1)
-            transformer.write_gradients(batch, gradients)
             taken: list[float] = []
             begun = time.perf_counter()
-            while len(taken) < TURNS or time.perf_counter() - begun < COMPUTE_SECONDS:
-                start = time.process_time()
-                transformer.write_gradients(batch, gradients)
-                taken.append(time.process_time() - start)
-            medians[index] = statistics.median(taken)
+            while len(taken) <= TURNS or time.perf_counter() - begun < COMPUTE_SECONDS:
+                with turns:
+                    start = time.process_time()
+                    transformer.write_gradients(batch, gradients)
+                    taken.append(time.process_time() - start)
+            medians[index] = statistics.median(taken[1:])
     idle_barrier(world)
     waiter.wait(world.Iallreduce(MPI.IN_PLACE, medians))
     one, many = medians / n

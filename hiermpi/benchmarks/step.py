@@ -22,6 +22,7 @@ from hiermpi.communication.choosing import make_reduction
 from hiermpi.communication.communicators import Communicators
 from hiermpi.communication.objects import broadcast_object
 from hiermpi.communication.scatter import make_scatter
+from hiermpi.communication.turns import make_turns
 from hiermpi.config.schema import Config
 from hiermpi.data.rows import ID_COLUMNS
 from hiermpi.data.sampling import Sampler
@@ -80,6 +81,7 @@ def make_trainer(config: Config, comms: Communicators, kernels: Kernels) -> Trai
     if root:
         model.initialize(config.train.seed)
     reduction.share(model.parameters.vector)
+    turns = make_turns(comms, model, config.run.threads_per_rank)
     source = None
     optimizer = make_optimizer(config, model, reduction.moment_slots(), ownership, comms.rank, kernels)
     if root:
@@ -101,6 +103,7 @@ def make_trainer(config: Config, comms: Communicators, kernels: Kernels) -> Trai
         ),
         Phases(comms.rank, comms.waiter),
         StopRequests(),
+        turns,
         Progress(),
         optimizer_settings(config).learning_rate,
         source,

@@ -1,5 +1,5 @@
 /* Waiting on words of memory that the processes of a node share: gates whose waiters sleep in the kernel (futex(2)) until
- * the last one has arrived, and rows dealt out there. Elsewhere than on Linux, and without a compiler,
+ * the last one has arrived, turns to compute, and rows dealt out there. Elsewhere than on Linux, and without a compiler,
  * communication/shared_memory.py polls. */
 
 #include <stdatomic.h>
@@ -84,6 +84,38 @@ int passed(struct gate *gate, struct account *account) {
     return there(gate);
 }
 
+/* Turns are taken in the order of asking: `asked`, how many were asked for, `given`, how many were given back, then `size`
+ * words, each in a cache line of its own, and `at_once` flags of places. Turn number n may begin when word n % size is
+ * n + 1 or more; nobody asks for two, so a word serves one turn at a time. */
+enum { LINE = 64 };
+
+static _Atomic uint32_t *line(char *turns, uint32_t number) { return (_Atomic uint32_t *)(turns + LINE * number); }
+
+/* Ask for a turn: makes the gate where it is waited for. */
+void ask_turn(struct gate *gate, char *turns, uint32_t size) {
+    const uint32_t turn = atomic_fetch_add(line(turns, 0), 1);
+    gate->word = line(turns, 2 + turn % size);
+    gate->members = 1;
+    gate->round = turn + 1;
+}
+
+/* When it has come: a place that nobody else has, else -1. */
+long begin_turn(struct gate *gate, struct account *account, char *turns, uint32_t size, uint32_t at_once) {
+    if (!passed(gate, account)) return -1;
+    for (uint32_t place = 0;; place = (place + 1) % at_once) { /* as many places as turns: one is free, or about to be */
+        uint32_t taken = 0;
+        if (atomic_compare_exchange_strong(line(turns, 2 + size + place), &taken, 1)) return place;
+    }
+}
+
+/* Give the place back, and the turn to who asked first. */
+void end_turn(char *turns, uint32_t size, uint32_t at_once, uint32_t place) {
+    atomic_store(line(turns, 2 + size + place), 0);
+    const uint32_t turn = atomic_fetch_add(line(turns, 1), 1) + at_once;
+    atomic_store(line(turns, 2 + turn % size), turn + 1);
+    syscall(SYS_futex, line(turns, 2 + turn % size), FUTEX_WAKE, 1, NULL, NULL, 0);
+}
+
 #else
 
 struct gate;
@@ -91,6 +123,9 @@ struct account;
 int usable(void) { return 0; }
 void arrive(struct gate *gate) {}
 int passed(struct gate *gate, struct account *account) { return 1; }
+void ask_turn(struct gate *gate, char *turns, uint32_t size) {}
+long begin_turn(struct gate *gate, struct account *account, char *turns, uint32_t size, uint32_t at_once) { return 0; }
+void end_turn(char *turns, uint32_t size, uint32_t at_once, uint32_t place) {}
 
 #endif
 

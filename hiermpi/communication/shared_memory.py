@@ -240,7 +240,12 @@ def node_library() -> ctypes.CDLL | None:
     library.collect.argtypes = address * 4 + number * 3
     library.tell.argtypes = address * 4 + number * 2
     library.deal_rows.argtypes = address * 5 + number * 3
-    library.arrive.restype = library.deal_rows.restype = None
+    word = (ctypes.c_uint32,)
+    library.ask_turn.argtypes = address * 2 + word
+    library.begin_turn.argtypes, library.begin_turn.restype = address * 3 + word * 2, ctypes.c_long
+    library.end_turn.argtypes = address + word * 3
+    for function in (library.arrive, library.deal_rows, library.ask_turn, library.end_turn):
+        function.restype = None
     return library
 
 

@@ -1,7 +1,7 @@
 """GPT-2's architecture: pre-norm blocks, learned positions, GELU(tanh), tied or untied output (Radford et al. 2019).
 
 Forward and backward are written out. Batch and time are folded into one product per layer; everything between the
-products is a kernel of :mod:`hiermpi.model.kernels`; all buffers are allocated once, at the first batch. The model
+products is a kernel of :mod:`hiermpi.model.kernels`; it works in buffers of :mod:`hiermpi.model.workspace`. The model
 works on row ids, which are class-major (:mod:`hiermpi.hierarchy.symmetry`); checkpoints and logits are in token order.
 
 Sizes in comments: B sequences, T tokens of each, N = B T rows, C channels, H heads of D channels, V rows of the table.
@@ -17,13 +17,9 @@ from hiermpi.hierarchy.symmetry import SymmetryTable, symmetry_groups
 from hiermpi.model.contract import Batch
 from hiermpi.model.dropout import sequence_keys, threshold_of
 from hiermpi.model.kernels import Kernels, load_kernels
-from hiermpi.model.kernels.reference import NO_KEYS, ReferenceKernels, padded
-from hiermpi.model.parameters import ParameterBuffer, TensorSpec, aligned_empty
-
-AUTOMATIC_MICRO_BATCH_TOKENS = 2048
-"""Tokens of a micro-batch where ``train.micro_batch_size`` is 0: larger ones fall out of the caches."""
-LOGITS_BUFFER_ELEMENTS = 1 << 20
-"""Logits are computed for as many rows at a time as fit in this many elements."""
+from hiermpi.model.kernels.reference import NO_KEYS, ReferenceKernels
+from hiermpi.model.parameters import ParameterBuffer, TensorSpec
+from hiermpi.model.workspace import Workspace, micro_batch_sequences
 
 EMBEDDING_SITE = 0
 
@@ -56,41 +52,6 @@ def _linear_layers(width: int) -> list[tuple[str, int, int]]:
         ("mlp.c_fc", width, 4 * width),
         ("mlp.c_proj", 4 * width, width),
     ]
-
-
-def micro_batch_sequences(config: ModelConfig, wanted: int = 0) -> int:
-    """Sequences computed at once: ``wanted``, or the automatic choice where that is 0."""
-    return wanted or max(1, AUTOMATIC_MICRO_BATCH_TOKENS // config.context_length)
-
-
-def workspace_shapes(config: ModelConfig, sequences: int) -> dict[str, tuple[int, ...]]:
-    """The float buffers that a micro-batch of ``sequences`` needs; (layers, ...) where the backward pass needs them."""
-    length, width, layers, heads = config.context_length, config.n_embd, config.n_layer, config.n_head
-    rows = sequences * length
-    logits_rows = max(1, min(rows, LOGITS_BUFFER_ELEMENTS // max(config.vocab_size, 1)))
-    return {
-        "x": (layers + 1, rows, width),  # input of each block, and of the last norm
-        "middle": (layers, rows, width),
-        "norm1": (layers + 1, rows, width),
-        "norm2": (layers, rows, width),
-        "mean": (2 * layers + 1, rows),
-        "rstd": (2 * layers + 1, rows),
-        "qkv": (layers, rows, 3 * width),
-        "p": (layers, sequences, heads, padded(length), padded(length)),
-        "heads": (layers, rows, width),
-        "active": (layers, rows, 4 * width),
-        "slope": (layers, rows, 4 * width),  # of GELU, where it was applied
-        "branch": (rows, width),
-        "wide": (rows, 4 * width),
-        "dx": (rows, width),
-        "logits": (logits_rows, config.vocab_size),
-    }
-
-
-def activation_bytes(config: ModelConfig, micro_batch_size: int = 0) -> int:
-    """Bytes of the buffers of a leaf that computes ``micro_batch_size`` sequences at once."""
-    shapes = workspace_shapes(config, micro_batch_sequences(config, micro_batch_size))
-    return 4 * sum(int(np.prod(shape)) for shape in shapes.values())
 
 
 def flops_per_token(config: ModelConfig) -> float:
@@ -136,12 +97,8 @@ class Transformer:
         self.threshold = threshold_of(config.dropout)
         slots = self.parameters.tensors_of
         self._blocks = [[_block(tensors, layer) for layer in range(config.n_layer)] for tensors in slots]
-        self._whole: dict[str, NDArray] = {}
-        """The buffers at their full size; empty until the first batch, so that who never computes pays nothing."""
-        self._buffers: dict[str, NDArray] = {}
-        """Views of them for the micro-batch in work."""
-        self._size = 0
-        self._shape_in_use = (0, 0)
+        self._workspaces = [Workspace(config, self.parameters.dtype)]
+        self._workspace = self._workspaces[0]
 
     # What the trainer calls.
 
@@ -190,7 +147,7 @@ class Transformer:
         for first in range(0, len(inputs), self.micro_batch):
             part = np.ascontiguousarray(inputs[first : first + self.micro_batch], np.int32)
             self._forward(Batch(part, part, np.zeros(len(part), np.int64), 0, 0), threshold=0)
-            rows = self._buffers["norm1"][self.config.n_layer]
+            rows = self._workspace.buffers["norm1"][self.config.n_layer]
             out = rows[: part.size] @ self._head_weight(self.parameters.tensors).T
             parts.append(out[:, self.symmetry.row_of_token].reshape(*part.shape, -1))
         return np.concatenate(parts)
@@ -198,6 +155,22 @@ class Transformer:
     def output_weight(self) -> NDArray:
         """(V, C) weight of the output layer, in the order of the rows."""
         return self._head_weight(self.parameters.tensors)
+
+    # Where it works.
+
+    def workspace_elements(self) -> int:
+        """Elements of memory that a workspace for micro-batches needs."""
+        return Workspace.elements(self.config, self.micro_batch)
+
+    def share_workspaces(self, memories: Sequence[NDArray]) -> None:
+        """Work in memory that others use at other times: zeroed, of :meth:`workspace_elements` each."""
+        dtype, size = self.parameters.dtype, self.micro_batch
+        self._workspaces = [Workspace(self.config, dtype, memory, size) for memory in memories]
+        self._workspace = self._workspaces[0]
+
+    def work_in(self, place: int) -> None:
+        """Use the shared workspace of this number from now on."""
+        self._workspace = self._workspaces[place]
 
     # Parameters from and to the outside.
 
@@ -252,7 +225,7 @@ class Transformer:
     def _forward(self, batch: Batch, threshold: int) -> "Keys":
         """Everything up to the last norm, kept in the buffers."""
         sequences, length = batch.inputs.shape
-        buffers = self._reserve(sequences, length)
+        buffers = self._workspace.reserve(sequences, length)
         kernels, tensors = self.kernels, self.parameters.tensors
         layers, shape, blocks = self.config.n_layer, self._shape(batch), self._blocks[self.parameters.slot]
         x, middle, norm1, norm2 = buffers["x"], buffers["middle"], buffers["norm1"], buffers["norm2"]
@@ -290,7 +263,7 @@ class Transformer:
 
     def _head(self, batch: Batch, gradients: "Gradients | None") -> float:
         """The loss sum; with ``gradients`` also the gradient of the last norm's output, into the buffer branch."""
-        buffers, kernels = self._buffers, self.kernels
+        buffers, kernels = self._workspace.buffers, self.kernels
         weight = self._head_weight(self.parameters.tensors)
         normed, targets = buffers["norm1"][self.config.n_layer], batch.targets.reshape(-1)
         loss, step = 0.0, len(buffers["logits"])
@@ -305,7 +278,8 @@ class Transformer:
         return loss
 
     def _backward(self, batch: Batch, gradients: "Gradients", keys: "Keys") -> None:
-        buffers, kernels, tensors, grads = self._buffers, self.kernels, self.parameters.tensors, gradients.tensors
+        buffers, kernels = self._workspace.buffers, self.kernels
+        tensors, grads = self.parameters.tensors, gradients.tensors
         layers, shape, blocks = self.config.n_layer, self._shape(batch), self._blocks[self.parameters.slot]
         x, middle, norm1, norm2 = buffers["x"], buffers["middle"], buffers["norm1"], buffers["norm2"]
         mean, rstd = buffers["mean"], buffers["rstd"]
@@ -362,45 +336,6 @@ class Transformer:
     def _shape(self, batch: Batch) -> tuple[int, int, int, int]:
         heads = self.config.n_head
         return (*batch.inputs.shape, heads, self.config.n_embd // heads)
-
-    def _reserve(self, sequences: int, length: int) -> dict[str, NDArray]:
-        """The buffers for a micro-batch of this size: views into memory that is allocated once."""
-        if length > self.config.context_length:
-            raise ValueError(f"{length} tokens do not fit model.context_length = {self.config.context_length}")
-        if sequences > self._size:
-            self._allocate(sequences)
-        rows = sequences * length
-        if self._shape_in_use == (sequences, length):
-            return self._buffers
-        views: dict[str, NDArray] = {}
-        for name, whole in self._whole.items():
-            if name == "p":
-                size = padded(length)
-                count = sequences * self.config.n_head * size * size
-                views[name] = whole.reshape(len(whole), -1)[:, :count].reshape(
-                    len(whole), sequences, self.config.n_head, size, size
-                )
-            elif name == "logits":
-                views[name] = whole
-            elif name in ("branch", "wide", "dx", "dropped"):
-                views[name] = whole[:rows]
-            else:
-                views[name] = whole[:, :rows]
-        views["dqkv"] = views["wide"].reshape(-1)[: rows * 3 * self.config.n_embd].reshape(rows, -1)
-        self._buffers, self._shape_in_use = views, (sequences, length)
-        return views
-
-    def _allocate(self, sequences: int) -> None:
-        shapes = workspace_shapes(self.config, sequences)
-        self._whole = {}
-        for name, shape in shapes.items():
-            flat = aligned_empty(int(np.prod(shape)), self.parameters.dtype)
-            flat[:] = 0  # pages are touched here, not in the first step; padding stays zero
-            self._whole[name] = flat.reshape(shape)
-        rows = self._whole["branch"].shape
-        self._whole["dropped"] = np.zeros(rows if self.threshold else (0, rows[1]), self.parameters.dtype)
-        self._size = sequences
-        self._shape_in_use = (0, 0)
 
 
 class Gradients:

@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 from hiermpi.config.schema import Config, ModelConfig
 from hiermpi.hierarchy.topology import Topology
 from hiermpi.model.parameters import ParameterLayout
-from hiermpi.model.transformer import flops_per_token, micro_batch_sequences, transformer_specs
+from hiermpi.model.transformer import flops_per_token, transformer_specs
+from hiermpi.model.workspace import micro_batch_sequences
 from hiermpi.optimizer.fixed_point import unit_sequences
 from hiermpi.planning.memory import shares_memory
 from hiermpi.planning.owners import owned_elements, planned_ownership

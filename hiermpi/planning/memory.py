@@ -11,15 +11,12 @@ import numpy as np
 from hiermpi.config.schema import Config, ModelConfig
 from hiermpi.hierarchy.ownership import Ownership, summing
 from hiermpi.hierarchy.topology import Role, Topology
+from hiermpi.hierarchy.turns import at_once
 from hiermpi.model.kernels.compiled import PANEL_COLUMNS
 from hiermpi.model.kernels.reference import padded
 from hiermpi.model.parameters import ParameterLayout
-from hiermpi.model.transformer import (
-    LOGITS_BUFFER_ELEMENTS,
-    activation_bytes,
-    micro_batch_sequences,
-    transformer_specs,
-)
+from hiermpi.model.transformer import transformer_specs
+from hiermpi.model.workspace import LOGITS_BUFFER_ELEMENTS, activation_bytes, micro_batch_sequences
 from hiermpi.optimizer.fixed_point import unit_sequences
 from hiermpi.optimizer.slots import slots_of
 from hiermpi.planning.owners import owned_elements, planned_ownership
@@ -90,13 +87,20 @@ def memory_of(
         gradients = own * part + own * (1 - part) / 2 + others * part / 2
         return unit + round(gradients + sums * part) + parameters // len(here)
 
+    def workspace(rank: int) -> int:
+        """Activations of a leaf, or its part of those that belong to turns."""
+        if not topology.is_leaf(rank):
+            return 0
+        own = activations[roots if rank == 0 else most]
+        here = sum(map(topology.is_leaf, topology.ranks_of_node[topology.nodes[rank]]))
+        return own * at_once(here, max(1, cores // config.run.threads_per_rank)) // here
+
     def of(rank: int) -> int:
         process = PROCESS_BYTES + LIBRARY_BYTES // len(topology.ranks_of_node[topology.nodes[rank]])
         root = ROOT_BYTES + data_bytes if rank == 0 else 0
-        leaf = activations[roots if rank == 0 else most] if topology.is_leaf(rank) else 0
         moments = 8 * slots * owned.get(rank, 0)
         exchanged = MESSAGE_BYTES if messages and topology.role(rank) is not Role.WORKER else 0
-        return process + root + vectors(rank) + moments + leaf + exchanged
+        return process + root + vectors(rank) + moments + workspace(rank) + exchanged
 
     per_rank = [of(rank) for rank in range(topology.size)]
     per_node = [0] * topology.n_nodes

@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 from hiermpi.config.schema import Config
 from hiermpi.hierarchy.topology import Topology
-from hiermpi.model.transformer import AUTOMATIC_MICRO_BATCH_TOKENS
+from hiermpi.model.workspace import AUTOMATIC_MICRO_BATCH_TOKENS
 
 FEWEST_TOKENS = 512
 """Per leaf and step: below, the products are too small and the exchange weighs too much."""

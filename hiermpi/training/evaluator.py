@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 
 from hiermpi.communication.communicators import Communicators
 from hiermpi.communication.scatter import Scatter
+from hiermpi.communication.turns import Turns
 from hiermpi.hierarchy.routing import even_leaves
 from hiermpi.model.contract import Model
 from hiermpi.training.batches import EvaluationSource
@@ -23,6 +24,7 @@ class Evaluator:
         sum_everywhere: of a few numbers, over all ranks (:meth:`Reduction.sum_everywhere`).
         source: at the root the windows; None elsewhere.
         batch_size: windows per exchange, rounded up to whole units for each leaf.
+        turns: taken to compute.
         stop_requested: asked after each exchange; when any rank says yes, all give up.
     """
 
@@ -34,8 +36,10 @@ class Evaluator:
         sum_everywhere: Callable[[NDArray[np.float64]], None],
         source: EvaluationSource | None,
         batch_size: int,
+        turns: Turns,
         stop_requested: Callable[[], bool] = lambda: False,
     ) -> None:
+        self.turns = turns
         self.model = model
         self.comms = comms
         self.scatter = scatter
@@ -66,5 +70,8 @@ class Evaluator:
         return Evaluation(float(total[0] / max(total[1], 1.0)), int(total[1]))
 
     def _loss(self, rows: NDArray[np.int32]) -> NDArray[np.float64]:
-        loss, tokens = loss_in_units(self.model, rows)
+        loss, tokens = 0.0, 0
+        if len(rows):
+            with self.turns:
+                loss, tokens = loss_in_units(self.model, rows)
         return np.array([loss, tokens, float(self.stop_requested())])

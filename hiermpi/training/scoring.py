@@ -43,6 +43,7 @@ def score_together(source: Path, data: Path, split: str, world: "MPI.Comm") -> d
     from hiermpi.communication.objects import agree, broadcast_object
     from hiermpi.communication.reduction import allreduce_small, hand_down
     from hiermpi.communication.scatter import BatchScatter
+    from hiermpi.communication.turns import make_turns
     from hiermpi.communication.waiting import Waiter
     from hiermpi.data.rows import ID_COLUMNS
     from hiermpi.training.evaluator import Evaluator
@@ -62,7 +63,8 @@ def score_together(source: Path, data: Path, split: str, world: "MPI.Comm") -> d
     scatter = BatchScatter(comms, ID_COLUMNS + config.context_length + 1)
     windows = windows_of(scored, split) if scored else None
     summing = partial(allreduce_small, comms)
-    evaluation = Evaluator(model, comms, scatter, summing, windows, 32 * comms.topology.n_leaves).evaluate()
+    turns = make_turns(comms, model)
+    evaluation = Evaluator(model, comms, scatter, summing, windows, 32 * comms.topology.n_leaves, turns).evaluate()
     comms.free()
     return result_of(evaluation, scored, split) if scored and evaluation else {}
 

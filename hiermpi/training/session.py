@@ -20,6 +20,7 @@ from hiermpi.communication.objects import agree, broadcast_object, gather_object
 from hiermpi.communication.owned import deal_out_owned, gather_owned
 from hiermpi.communication.reduction import Reduction, hand_down
 from hiermpi.communication.scatter import make_scatter
+from hiermpi.communication.turns import make_turns
 from hiermpi.communication.waiting import Waiter
 from hiermpi.config.schema import Config, duration_seconds
 from hiermpi.data.rows import ID_COLUMNS
@@ -202,6 +203,7 @@ class Session:
         self.progress = Progress(start.step, start.cursor, start.skipped)
         self.stopping = self._stop_requests()
         self.model = self._model()
+        turns = make_turns(comms, self.model, config.run.threads_per_rank)
         moments = self.reduction.moment_slots()
         self.optimizer = make_optimizer(config, self.model, moments, self.ownership, comms.rank)
         self._load_state()
@@ -220,6 +222,7 @@ class Session:
             scatter,
             self.phases,
             self.stopping,
+            turns,
             self.progress,
             optimizer_settings(config).learning_rate,
             self._source(),
@@ -232,6 +235,7 @@ class Session:
             self.reduction.sum_everywhere,
             self._evaluation_source(),
             max(config.train.batch_size, comms.topology.n_leaves),
+            turns,
             self.stopping.requested,
         )
 

@@ -21,6 +21,7 @@ from hiermpi.communication.communicators import Communicators
 from hiermpi.communication.objects import gather_objects
 from hiermpi.communication.reduction import Reduction
 from hiermpi.communication.scatter import Scatter
+from hiermpi.communication.turns import Turns
 from hiermpi.config.schema import Config
 from hiermpi.data.rows import ID_COLUMNS, unpack_rows
 from hiermpi.errors import UserError
@@ -91,6 +92,7 @@ class Trainer:
         scatter: how rows go down.
         phases: where time is accounted.
         stopping: this rank's requests to stop.
+        turns: taken to compute.
         progress: where the run stands, the same on every rank.
         learning_rate: of a step, by the number of steps finished before it.
         source: the batches (root only).
@@ -106,6 +108,7 @@ class Trainer:
         scatter: Scatter,
         phases: Phases,
         stopping: StopRequests,
+        turns: Turns,
         progress: Progress,
         learning_rate: Callable[[int], float],
         source: BatchSource | None = None,
@@ -118,6 +121,7 @@ class Trainer:
         self.scatter = scatter
         self.phases = phases
         self.stopping = stopping
+        self.turns = turns
         self.progress = progress
         self.learning_rate = learning_rate
         self.source = source
@@ -215,11 +219,13 @@ class Trainer:
         batch = rows_to_batch(rows, self.config.train.seed, self.progress.step)
         result = 0.0, 0
         if len(rows) and isinstance(self.model, WritingModel):
-            result = self.model.write_gradients(batch, self.gradients)
+            with self.turns:
+                result = self.model.write_gradients(batch, self.gradients)
         else:
             self.gradients[:] = 0
             if len(rows):
-                result = self.model.loss_and_gradients(batch, self.gradients)
+                with self.turns:
+                    result = self.model.loss_and_gradients(batch, self.gradients)
         fault = self.phases.planted_nan()
         if fault is not None:
             spec = self.model.parameters.specs[fault.tensor]

@@ -8,17 +8,12 @@ import numpy as np
 import pytest
 
 from hiermpi.config.schema import ModelConfig
-from hiermpi.model import transformer
+from hiermpi.model import workspace
 from hiermpi.model.contract import IGNORED_TARGET, Batch
 from hiermpi.model.kernels import load_kernels
 from hiermpi.model.parameters import ParameterLayout
-from hiermpi.model.transformer import (
-    Transformer,
-    activation_bytes,
-    flops_per_token,
-    micro_batch_sequences,
-    transformer_specs,
-)
+from hiermpi.model.transformer import Transformer, flops_per_token, transformer_specs
+from hiermpi.model.workspace import activation_bytes, micro_batch_sequences
 
 V, CONTEXT, ORDER = 13, 7, 5
 TABLE = np.array([4, 0, 0, 3, 1, 4, 2], np.uint8)  # the ids beyond it go by modulo
@@ -237,10 +232,10 @@ def test_the_head_in_chunks_equals_the_whole(monkeypatch, tied, rows):
     whole = make_model(tie_embeddings=tied)
     batch = make_batch(whole)
     loss, n_tokens, gradients = gradients_of(whole, batch)
-    monkeypatch.setattr(transformer, "LOGITS_BUFFER_ELEMENTS", rows * V)
+    monkeypatch.setattr(workspace, "LOGITS_BUFFER_ELEMENTS", rows * V)
     chunked = make_model(tie_embeddings=tied)
     chunked_loss, chunked_tokens, chunked_gradients = gradients_of(chunked, batch)
-    assert chunked._buffers["logits"].shape == (rows, V)
+    assert chunked._workspace.buffers["logits"].shape == (rows, V)
     assert (chunked_loss, chunked_tokens) == (pytest.approx(loss, rel=1e-12), n_tokens)
     assert chunked.loss(batch)[0] == pytest.approx(loss, rel=1e-12)
     close(chunked_gradients, gradients)

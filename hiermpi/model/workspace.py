@@ -1,0 +1,127 @@
+"""The buffers of a micro-batch: activations that the backward pass needs, and scratch.
+
+They are allocated once, at the first batch, or lie in memory that several ranks use one after the other.
+
+Sizes in comments as in :mod:`hiermpi.model.transformer`.
+"""
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from hiermpi.config.schema import ModelConfig
+from hiermpi.model.kernels.reference import padded
+from hiermpi.model.parameters import ALIGNMENT, aligned_empty
+
+AUTOMATIC_MICRO_BATCH_TOKENS = 2048
+"""Tokens of a micro-batch where ``train.micro_batch_size`` is 0: larger ones fall out of the caches."""
+LOGITS_BUFFER_ELEMENTS = 1 << 20
+"""Logits are computed for as many rows at a time as fit in this many elements."""
+
+
+def micro_batch_sequences(config: ModelConfig, wanted: int = 0) -> int:
+    """Sequences computed at once: ``wanted``, or the automatic choice where that is 0."""
+    return wanted or max(1, AUTOMATIC_MICRO_BATCH_TOKENS // config.context_length)
+
+
+def workspace_shapes(config: ModelConfig, sequences: int) -> dict[str, tuple[int, ...]]:
+    """The float buffers that a micro-batch of ``sequences`` needs; (layers, ...) where the backward pass needs them."""
+    length, width, layers, heads = config.context_length, config.n_embd, config.n_layer, config.n_head
+    rows = sequences * length
+    logits_rows = max(1, min(rows, LOGITS_BUFFER_ELEMENTS // max(config.vocab_size, 1)))
+    return {
+        "x": (layers + 1, rows, width),  # input of each block, and of the last norm
+        "middle": (layers, rows, width),
+        "norm1": (layers + 1, rows, width),
+        "norm2": (layers, rows, width),
+        "mean": (2 * layers + 1, rows),
+        "rstd": (2 * layers + 1, rows),
+        "qkv": (layers, rows, 3 * width),
+        "p": (layers, sequences, heads, padded(length), padded(length)),
+        "heads": (layers, rows, width),
+        "active": (layers, rows, 4 * width),
+        "slope": (layers, rows, 4 * width),  # of GELU, where it was applied
+        "branch": (rows, width),
+        "wide": (rows, 4 * width),
+        "dx": (rows, width),
+        "dropped": (rows if config.dropout else 0, width),
+        "logits": (logits_rows, config.vocab_size),
+    }
+
+
+def activation_bytes(config: ModelConfig, micro_batch_size: int = 0) -> int:
+    """Bytes of the buffers of a leaf that computes ``micro_batch_size`` sequences at once."""
+    shapes = workspace_shapes(config, micro_batch_sequences(config, micro_batch_size))
+    return 4 * sum(int(np.prod(shape)) for shape in shapes.values())
+
+
+class Workspace:
+    """Buffers for micro-batches of any size up to some number of sequences.
+
+    Args:
+        config: with the vocabulary size resolved.
+        dtype: of the elements.
+        memory: zeroed, :meth:`elements` of them for ``sequences``; None allocates what batches need.
+        sequences: for which there is ``memory``.
+    """
+
+    def __init__(
+        self, config: ModelConfig, dtype: DTypeLike, memory: NDArray | None = None, sequences: int = 0
+    ) -> None:
+        self.config = config
+        self.dtype = np.dtype(dtype)
+        self.buffers: dict[str, NDArray] = {}
+        """Views for the micro-batch in work."""
+        self._whole: dict[str, NDArray] = {}
+        """The buffers at their full size; empty until the first batch, so that who never computes pays nothing."""
+        self._size = 0
+        self._shape_in_use = (0, 0)
+        if memory is not None:
+            self._lay_out(memory, sequences)
+
+    @staticmethod
+    def elements(config: ModelConfig, sequences: int) -> int:
+        """Elements of memory needed for so many sequences."""
+        return sum(whole_lines(int(np.prod(shape))) for shape in workspace_shapes(config, sequences).values())
+
+    def reserve(self, sequences: int, length: int) -> dict[str, NDArray]:
+        """The buffers for a micro-batch of this size. Raises ValueError for more tokens than the model takes."""
+        if length > self.config.context_length:
+            raise ValueError(f"{length} tokens do not fit model.context_length = {self.config.context_length}")
+        if sequences > self._size:
+            memory = aligned_empty(self.elements(self.config, sequences), self.dtype)
+            memory[:] = 0  # pages are touched here, not in the first step; padding stays zero
+            self._lay_out(memory, sequences)
+        if self._shape_in_use == (sequences, length):
+            return self.buffers
+        rows = sequences * length
+        views: dict[str, NDArray] = {}
+        for name, whole in self._whole.items():
+            if name == "p":
+                size = padded(length)
+                count = sequences * self.config.n_head * size * size
+                views[name] = whole.reshape(len(whole), -1)[:, :count].reshape(
+                    len(whole), sequences, self.config.n_head, size, size
+                )
+            elif name == "logits":
+                views[name] = whole
+            elif name in ("branch", "wide", "dx", "dropped"):
+                views[name] = whole[:rows]
+            else:
+                views[name] = whole[:, :rows]
+        views["dqkv"] = views["wide"].reshape(-1)[: rows * 3 * self.config.n_embd].reshape(rows, -1)
+        self.buffers, self._shape_in_use = views, (sequences, length)
+        return views
+
+    def _lay_out(self, memory: NDArray, sequences: int) -> None:
+        self._whole, start = {}, 0
+        for name, shape in workspace_shapes(self.config, sequences).items():
+            size = int(np.prod(shape))
+            self._whole[name] = memory[start : start + size].reshape(shape)
+            start += whole_lines(size)
+        self._size, self._shape_in_use = sequences, (0, 0)
+
+
+def whole_lines(elements: int) -> int:
+    """``elements`` rounded up to whole cache lines of float32."""
+    unit = ALIGNMENT // 4
+    return -(-elements // unit) * unit
