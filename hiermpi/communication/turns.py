@@ -48,7 +48,7 @@ class NodeTurns(Turns):
     """Turns in the order of asking, each in a place of its own. Collective over the node.
 
     Args:
-        memory: holds :meth:`nbytes` bytes of it at its start.
+        memory: holds :meth:`lines` cache lines of it at its start, zeroed.
         ranks: that compute at once.
         work_in: called with the place of a turn, below ``ranks``, when it begins.
         waiter: for the waits.
@@ -62,7 +62,8 @@ class NodeTurns(Turns):
         words = memory.array(0, (self.lines(memory.size, ranks), LINE // 4), np.uint32)
         self._words = words  # keeps the memory
         if memory.rank == 0:
-            words[2 : 2 + ranks, 0] = 1 + np.arange(ranks)  # the first turns may begin
+            first = min(ranks, memory.size)
+            words[2 : 2 + first, 0] = 1 + np.arange(first)  # the first turns may begin
         self._gate = GateState(0, 1, 0, 1, 0, LONGEST_KERNEL_SLEEP_NS, 0)
         self._at = ctypes.addressof(self._gate)
         self._turns = at(words), memory.size

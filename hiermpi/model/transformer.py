@@ -226,6 +226,7 @@ class Transformer:
         """Everything up to the last norm, kept in the buffers."""
         sequences, length = batch.inputs.shape
         buffers = self._workspace.reserve(sequences, length)
+        self.kernels.scratch = buffers["scratch"]
         kernels, tensors = self.kernels, self.parameters.tensors
         layers, shape, blocks = self.config.n_layer, self._shape(batch), self._blocks[self.parameters.slot]
         x, middle, norm1, norm2 = buffers["x"], buffers["middle"], buffers["norm1"], buffers["norm2"]

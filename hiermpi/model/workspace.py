@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from hiermpi.config.schema import ModelConfig
+from hiermpi.model.kernels.compiled import PANEL_COLUMNS
 from hiermpi.model.kernels.reference import padded
 from hiermpi.model.parameters import ALIGNMENT, aligned_empty
 
@@ -45,7 +46,19 @@ def workspace_shapes(config: ModelConfig, sequences: int) -> dict[str, tuple[int
         "dx": (rows, width),
         "dropped": (rows if config.dropout else 0, width),
         "logits": (logits_rows, config.vocab_size),
+        "scratch": (scratch_elements(config, rows, logits_rows),),
     }
+
+
+def scratch_elements(config: ModelConfig, rows: int, logits_rows: int) -> int:
+    """What compiled kernels need at most: a panel and a packed matrix of a product, or a head of attention."""
+    length, head, widest = padded(config.context_length), padded(config.n_embd // config.n_head), 4 * config.n_embd
+    products = [
+        rows * (PANEL_COLUMNS + widest),
+        logits_rows * (PANEL_COLUMNS + config.vocab_size),
+        PANEL_COLUMNS * max(widest, config.vocab_size),
+    ]
+    return max(*products, 8 * length * head + 2 * length * length)
 
 
 def activation_bytes(config: ModelConfig, micro_batch_size: int = 0) -> int:
@@ -102,7 +115,7 @@ class Workspace:
                 views[name] = whole.reshape(len(whole), -1)[:, :count].reshape(
                     len(whole), sequences, self.config.n_head, size, size
                 )
-            elif name == "logits":
+            elif name in ("logits", "scratch"):
                 views[name] = whole
             elif name in ("branch", "wide", "dx", "dropped"):
                 views[name] = whole[:rows]

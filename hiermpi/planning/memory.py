@@ -12,11 +12,9 @@ from hiermpi.config.schema import Config, ModelConfig
 from hiermpi.hierarchy.ownership import Ownership, summing
 from hiermpi.hierarchy.topology import Role, Topology
 from hiermpi.hierarchy.turns import at_once
-from hiermpi.model.kernels.compiled import PANEL_COLUMNS
-from hiermpi.model.kernels.reference import padded
 from hiermpi.model.parameters import ParameterLayout
 from hiermpi.model.transformer import transformer_specs
-from hiermpi.model.workspace import LOGITS_BUFFER_ELEMENTS, activation_bytes, micro_batch_sequences
+from hiermpi.model.workspace import activation_bytes, micro_batch_sequences
 from hiermpi.optimizer.fixed_point import unit_sequences
 from hiermpi.optimizer.slots import slots_of
 from hiermpi.planning.owners import owned_elements, planned_ownership
@@ -111,17 +109,8 @@ def memory_of(
 
 
 def activations_of(model: ModelConfig, sequences: int) -> int:
-    """Bytes of the buffers of a leaf that computes ``sequences`` at once, and of what its kernels pack operands into.
-
-    None where it never computes.
-    """
-    if not sequences:
-        return 0
-    length, rows = model.context_length, sequences * model.context_length
-    head = padded(model.n_embd // model.n_head)
-    packed = rows * (PANEL_COLUMNS + max(4 * model.n_embd, min(model.vocab_size, LOGITS_BUFFER_ELEMENTS // rows)))
-    attention = 8 * padded(length) * head + 2 * padded(length) ** 2
-    return activation_bytes(model, sequences) + 4 * (packed + attention)
+    """Bytes of the buffers of a leaf that computes ``sequences`` at once; none where it never computes."""
+    return activation_bytes(model, sequences) if sequences else 0
 
 
 def summed_parts(topology: Topology, ownership: Ownership, width: int, cores: int) -> list[float]:

@@ -76,8 +76,7 @@ class CompiledKernels:
             function.argtypes = [_TYPES[letter] for letter in letters.replace(" ", "")]
             function.restype = RESULTS.get(name)
             self._call[name] = function
-        self._scratch = aligned_empty(0, np.float32)
-        self._panel = aligned_empty(0, np.float32)
+        self.scratch = aligned_empty(0, np.float32)
         self._blas = ReferenceKernels()
         self.own_products = level in OWN_PRODUCTS
         """Whether products are computed here, on one thread, or by numpy's BLAS."""
@@ -234,17 +233,16 @@ class CompiledKernels:
         self._call["multiply_adds"](round(flops / (2 * 12 * WIDTHS[self.name])))
 
     def _panel_for(self, inner: int, packed_rows: int) -> Array:
-        size = inner * (PANEL_COLUMNS + packed_rows)
-        if self._panel.size < size:
-            self._panel = aligned_empty(size, np.float32)
-        return self._panel
+        return self._room(inner * (PANEL_COLUMNS + packed_rows))
 
     def _scratch_for(self, shape: Sequence[int]) -> Array:
         length, width = padded(shape[1]), padded(shape[3])
-        size = 8 * length * width + 2 * length * length
-        if self._scratch.size < size:
-            self._scratch = aligned_empty(size, np.float32)
-        return self._scratch
+        return self._room(8 * length * width + 2 * length * length)
+
+    def _room(self, size: int) -> Array:
+        if self.scratch.size < size:
+            self.scratch = aligned_empty(size, np.float32)
+        return self.scratch
 
 
 def plain_float32(*arrays: NDArray[Any]) -> bool:

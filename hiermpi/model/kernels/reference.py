@@ -34,6 +34,8 @@ class ReferenceKernels:
 
     def __init__(self) -> None:
         self._products = np.empty(0)
+        self.scratch: Array = np.empty(0)
+        """Room that compiled kernels pack operands into; they take more where it is too small."""
         self.own_products = False
 
     def product(self, out: Array, a: Array, b: Array, add: bool = False) -> None:
