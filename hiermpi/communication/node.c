@@ -9,7 +9,6 @@
 #if defined(__linux__)
 
 #include <errno.h>
-#include <limits.h>
 #include <linux/futex.h>
 #include <sched.h>
 #include <sys/syscall.h>
@@ -43,11 +42,16 @@ static int64_t nanoseconds(clockid_t clock) {
     return now.tv_sec * 1000000000L + now.tv_nsec;
 }
 
-/* Begin the next round; a member counts one more arrival, and who makes the round full wakes all who sleep. */
+/* Who makes a round full wakes a few of those who sleep, and each of them a few more: the root, which is often the last
+ * to arrive, would else pay for waking all. */
+enum { WOKEN = 4 };
+
+static void wake_some(struct gate *gate) { syscall(SYS_futex, gate->word, FUTEX_WAKE, WOKEN, NULL, NULL, 0); }
+
+/* Begin the next round; a member counts one more arrival. */
 void arrive(struct gate *gate) {
     const uint32_t target = ++gate->round * gate->members;
-    if (gate->joins && atomic_fetch_add(gate->word, 1) + 1 == target)
-        syscall(SYS_futex, gate->word, FUTEX_WAKE, INT_MAX, NULL, NULL, 0);
+    if (gate->joins && atomic_fetch_add(gate->word, 1) + 1 == target) wake_some(gate);
 }
 
 /* Look for a while, giving the core away after each look. */
@@ -67,7 +71,12 @@ static void sleep_until_there(struct gate *gate) {
         const uint32_t seen = atomic_load(gate->word);
         if (there(gate)) return;
         /* Arrivals before the last one change the word but wake nobody: only a fresh sleeper is sent back by them. */
-        if (syscall(SYS_futex, gate->word, FUTEX_WAIT, seen, &limit, NULL, 0) != 0 && errno == EINTR) return;
+        const int failed = syscall(SYS_futex, gate->word, FUTEX_WAIT, seen, &limit, NULL, 0) != 0 ? errno : 0;
+        if (there(gate)) {
+            wake_some(gate);
+            return;
+        }
+        if (failed == EINTR) return;
     }
 }
 
