@@ -9,8 +9,8 @@ import ctypes
 import mmap
 import os
 import platform
-from collections.abc import Callable, Sequence
-from functools import cache, partial
+from collections.abc import Sequence
+from functools import cache
 from itertools import accumulate
 from pathlib import Path
 
@@ -21,9 +21,10 @@ from numpy.typing import DTypeLike, NDArray
 from hiermpi.communication.objects import agree, broadcast_object
 from hiermpi.communication.waiting import Waiter
 from hiermpi.errors import UserError
+from hiermpi.model.parameters import ALIGNMENT, whole_lines
 from hiermpi.native import at, built_library
 
-LINE = 64
+LINE = ALIGNMENT
 MAILBOX_DOUBLES = 16
 LONGEST_KERNEL_SLEEP_NS = 1_000_000_000
 """Where the kernel wakes the rank: bounded, so that stalls are seen. Signals end the sleep."""
@@ -37,11 +38,6 @@ ORDERED_STORES = ("x86_64", "AMD64", "i686")
 def laid_out(*nbytes: int) -> list[int]:
     """Offsets of pieces of so many bytes one after the other in whole cache lines, and where the last one ends."""
     return [0, *accumulate(map(whole_lines, nbytes))]
-
-
-def whole_lines(nbytes: int) -> int:
-    """``nbytes`` rounded up to cache lines."""
-    return -(-nbytes // LINE) * LINE
 
 
 class NodeMemory:
@@ -155,8 +151,8 @@ class Gate:
         library = self.library
         if library is None:
             self.waiter.wait_until(lambda: int(self._arrivals.min()) >= self.state.round)
-        elif not library.passed(self.at, self.waiter.slept_at):
-            self.waiter.wait_asleep(partial(library.passed, self.at, self.waiter.slept_at))
+        else:
+            self.waiter.wait_asleep(library.passed, self.at, self.waiter.slept_at)
 
     def meet(self) -> None:
         """A barrier of the members."""
@@ -198,7 +194,7 @@ class Mailboxes:
             self._boxes[turn, self._rank, : len(values)] = values
             self._gate.arrive()
         else:
-            self._until(self._library.offer, self._own[turn], at(values), len(values))
+            self._waiter.wait_asleep(self._library.offer, *self._at, self._own[turn], at(values), len(values))
 
     def sum(self, values: NDArray[np.float64]) -> None:
         """When all have arrived, take the sum of the numbers of all ranks, added in their order."""
@@ -206,8 +202,8 @@ class Mailboxes:
             self._gate.wait()
             values[:] = self._boxes[self._turn, :, : len(values)].sum(axis=0)
         else:
-            boxes = self._first[self._turn]
-            self._until(self._library.collect, at(values), boxes, self._size, len(values), MAILBOX_DOUBLES)
+            arguments = (at(values), self._first[self._turn], self._size, len(values), MAILBOX_DOUBLES)
+            self._waiter.wait_asleep(self._library.collect, *self._at, *arguments)
 
     def tell(self, values: NDArray[np.float64]) -> None:
         """Turn to the other set, and give every rank the numbers of the node's first. A barrier."""
@@ -219,12 +215,7 @@ class Mailboxes:
             self._gate.meet()
             values[:] = self._boxes[turn, 0, :n]
         elif not library.tell(*self._at, at(values), self._first[turn], n, first):
-            self._until(library.take, at(values), self._first[turn], n)
-
-    def _until(self, passes: Callable[..., bool], *arguments: int) -> None:
-        """Call a function of node.c that waits at the gate, until it has done what it does."""
-        if not passes(*self._at, *arguments):
-            self._waiter.wait_asleep(partial(passes, *self._at, *arguments))
+            self._waiter.wait_asleep(library.take, *self._at, at(values), self._first[turn], n)
 
 
 @cache

@@ -16,10 +16,10 @@ from numpy.typing import DTypeLike, NDArray
 
 from hiermpi.communication.communicators import Communicators
 from hiermpi.communication.reduction import broadcast_spans, exchange_on_control, private_moments, reduce_spans
-from hiermpi.communication.shared_memory import Gate, Mailboxes, NodeMemory, laid_out, whole_lines
+from hiermpi.communication.shared_memory import Gate, Mailboxes, NodeMemory, laid_out
 from hiermpi.hierarchy.ownership import Ownership, Span, lanes, owners_here, spans_of, summing
 from hiermpi.model.kernels import load_kernels
-from hiermpi.model.parameters import lazy_zeros
+from hiermpi.model.parameters import lazy_zeros, whole_lines
 from hiermpi.optimizer.adamw import Moments
 
 EXCHANGED_ROWS = 2
@@ -87,9 +87,8 @@ class SharedReduction:
         if comms.rank in leaves:
             self._gradients = self._buffers[leaves.index(comms.rank), :size]
         self._size = size
-        self._moments = private_moments(size, slots)
-        if slots > 1:
-            self._moments = node_moments(comms, size, slots, spans_of(ownership.bounds, owned_by))
+        owned = spans_of(ownership.bounds, owned_by)
+        self._moments = private_moments(size, 1) if slots == 1 else node_moments(comms, size, slots, owned)
         self._kernels = load_kernels()
 
     def gradient_vector(self) -> NDArray:

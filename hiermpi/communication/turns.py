@@ -24,11 +24,11 @@ from hiermpi.communication.shared_memory import (
     NodeMemory,
     node_library,
     shared_memory_usable,
-    whole_lines,
 )
 from hiermpi.communication.waiting import Waiter
 from hiermpi.errors import UserError
 from hiermpi.hierarchy.turns import at_once
+from hiermpi.model.parameters import whole_lines
 from hiermpi.native import at
 
 
@@ -77,8 +77,7 @@ class NodeTurns(Turns):
 
     def __enter__(self) -> None:
         self._library.ask_turn(self._at, *self._turns)
-        if not self._begun():
-            self._waiter.wait_asleep(self._begun)
+        self._waiter.wait_asleep(self._begun)
         self._work_in(self._place)
 
     def _begun(self) -> bool:
@@ -123,7 +122,7 @@ def make_turns(comms: Communicators, model: Shareable, threads: int = 1) -> Turn
         UserError: on every rank, where a node cannot have the memory.
     """
     topology, node = comms.topology, comms.node
-    leaves = sum(map(topology.is_leaf, topology.ranks_of_node[topology.nodes[comms.rank]]))
+    leaves = topology.leaves_of_node[topology.nodes[comms.rank]]
     ranks = at_once(leaves, max(1, node_cores(comms) // threads))
     turns, error = Turns(), None
     if ranks < leaves and shared_memory_usable() and node_library() is not None:

@@ -114,11 +114,11 @@ class Waiter:
                 warned = self._watch(waited, warned)
         self._account(start, cpu)
 
-    def wait_asleep(self, passed: Callable[[], bool]) -> None:
-        """Return when ``passed`` says so: a wait in node.c, which sleeps a second at most and accounts for itself."""
+    def wait_asleep(self, done: Callable[..., bool], *arguments: int) -> None:
+        """Return when ``done`` says so: a wait in node.c, which sleeps a second at most and accounts for itself."""
         start = time.perf_counter()
         warned = False
-        while not passed():
+        while not done(*arguments):
             warned = self._watch(time.perf_counter() - start, warned)
 
     def _account(self, start: float, cpu: float) -> None:

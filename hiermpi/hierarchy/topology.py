@@ -104,6 +104,11 @@ class Topology:
             found[node].append(rank)
         return tuple(tuple(ranks) for ranks in found)
 
+    @cached_property
+    def leaves_of_node(self) -> tuple[int, ...]:
+        """How many ranks of each node compute."""
+        return tuple(sum(map(self.is_leaf, ranks)) for ranks in self.ranks_of_node)
+
     @property
     def layout(self) -> str:
         """Ranks, and ranks of each node: what a choice by time depends on."""

@@ -55,6 +55,11 @@ def lazy_zeros(size: int, dtype: DTypeLike) -> NDArray:
     return raw[start : start + nbytes].view(dtype)
 
 
+def whole_lines(nbytes: int) -> int:
+    """``nbytes`` rounded up to cache lines."""
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
+
+
 class ParameterLayout:
     """Where each tensor stands in the vector. Allocates nothing.
 
@@ -66,12 +71,11 @@ class ParameterLayout:
 
     def __init__(self, specs: Sequence[TensorSpec]) -> None:
         self.specs = tuple(specs)
-        unit = ALIGNMENT // 4  # by float32, so that layouts of all types agree
         self.offsets: dict[str, int] = {}
         end = 0
         for spec in self.specs:
             self.offsets[spec.name] = end
-            end += -(-spec.size // unit) * unit
+            end += whole_lines(4 * spec.size) // 4  # by float32, so that layouts of all types agree
         self.size = end
 
     @property

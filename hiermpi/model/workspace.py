@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from hiermpi.config.schema import ModelConfig
-from hiermpi.model.kernels.compiled import PANEL_COLUMNS
+from hiermpi.model.kernels.compiled import attention_scratch, product_scratch
 from hiermpi.model.kernels.reference import padded
-from hiermpi.model.parameters import ALIGNMENT, aligned_empty
+from hiermpi.model.parameters import aligned_empty, whole_lines
 
 AUTOMATIC_MICRO_BATCH_TOKENS = 2048
 """Tokens of a micro-batch where ``train.micro_batch_size`` is 0: larger ones fall out of the caches."""
@@ -52,13 +52,13 @@ def workspace_shapes(config: ModelConfig, sequences: int) -> dict[str, tuple[int
 
 def scratch_elements(config: ModelConfig, rows: int, logits_rows: int) -> int:
     """What compiled kernels need at most: a panel and a packed matrix of a product, or a head of attention."""
-    length, head, widest = padded(config.context_length), padded(config.n_embd // config.n_head), 4 * config.n_embd
-    products = [
-        rows * (PANEL_COLUMNS + widest),
-        logits_rows * (PANEL_COLUMNS + config.vocab_size),
-        PANEL_COLUMNS * max(widest, config.vocab_size),
-    ]
-    return max(*products, 8 * length * head + 2 * length * length)
+    widest, head = 4 * config.n_embd, config.n_embd // config.n_head
+    return max(
+        product_scratch(rows, widest),
+        product_scratch(logits_rows, config.vocab_size),
+        product_scratch(max(widest, config.vocab_size), 0),
+        attention_scratch(config.context_length, head),
+    )
 
 
 def activation_bytes(config: ModelConfig, micro_batch_size: int = 0) -> int:
@@ -94,7 +94,7 @@ class Workspace:
     @staticmethod
     def elements(config: ModelConfig, sequences: int) -> int:
         """Elements of memory needed for so many sequences."""
-        return sum(whole_lines(int(np.prod(shape))) for shape in workspace_shapes(config, sequences).values())
+        return sum(whole_lines(4 * int(np.prod(shape))) // 4 for shape in workspace_shapes(config, sequences).values())
 
     def reserve(self, sequences: int, length: int) -> dict[str, NDArray]:
         """The buffers for a micro-batch of this size. Raises ValueError for more tokens than the model takes."""
@@ -130,11 +130,5 @@ class Workspace:
         for name, shape in workspace_shapes(self.config, sequences).items():
             size = int(np.prod(shape))
             self._whole[name] = memory[start : start + size].reshape(shape)
-            start += whole_lines(size)
+            start += whole_lines(4 * size) // 4
         self._size, self._shape_in_use = sequences, (0, 0)
-
-
-def whole_lines(elements: int) -> int:
-    """``elements`` rounded up to whole cache lines of float32."""
-    unit = ALIGNMENT // 4
-    return -(-elements // unit) * unit

@@ -127,7 +127,7 @@ def predict(machine: Machine, topology: Topology, config: Config, model: ModelCo
     layout = ParameterLayout(transformer_specs(model))
     batch, leaves, cores = config.train.batch_size, topology.n_leaves, machine.cores
     nodes = topology.ranks_of_node
-    ranks, computing = max(map(len, nodes)), max(sum(map(topology.is_leaf, node)) for node in nodes)
+    ranks, computing = max(map(len, nodes)), max(topology.leaves_of_node)
     crowded = ranks > cores
     busy = min(leaves, batch)
     alone = _leaf_seconds(machine, config, model, batch / busy)

@@ -73,6 +73,7 @@ def memory_of(
     # Sums in fixed point are twice as long, and the gradient of a unit stands beside them.
     sums, unit = (2 * vector, vector) if config.hierarchy.reproducible else (vector, 0)
     summed = summed_parts(topology, ownership, sums // layout.size, cores) if shared else []
+    computing = [at_once(leaves, max(1, cores // config.run.threads_per_rank)) for leaves in topology.leaves_of_node]
     messages = topology.size > 1 and not shared and config.hierarchy.reduction != "flat"
 
     def vectors(rank: int) -> int:
@@ -80,18 +81,18 @@ def memory_of(
         own = sums if topology.is_leaf(rank) else 0
         if not shared:
             return unit + sums + parameters
-        here = topology.ranks_of_node[topology.nodes[rank]]
-        part, others = summed[rank], sums * sum(map(topology.is_leaf, here)) - own
+        node = topology.nodes[rank]
+        part, others = summed[rank], sums * topology.leaves_of_node[node] - own
         gradients = own * part + own * (1 - part) / 2 + others * part / 2
-        return unit + round(gradients + sums * part) + parameters // len(here)
+        return unit + round(gradients + sums * part) + parameters // len(topology.ranks_of_node[node])
 
     def workspace(rank: int) -> int:
         """Activations of a leaf, or its part of those that belong to turns."""
         if not topology.is_leaf(rank):
             return 0
         own = activations[roots if rank == 0 else most]
-        here = sum(map(topology.is_leaf, topology.ranks_of_node[topology.nodes[rank]]))
-        return own * at_once(here, max(1, cores // config.run.threads_per_rank)) // here
+        node = topology.nodes[rank]
+        return own * computing[node] // topology.leaves_of_node[node]
 
     def of(rank: int) -> int:
         process = PROCESS_BYTES + LIBRARY_BYTES // len(topology.ranks_of_node[topology.nodes[rank]])

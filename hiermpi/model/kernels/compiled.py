@@ -88,7 +88,7 @@ class CompiledKernels:
         rows, inner = a.shape
         columns = b.shape[1]
         strides = (out.strides[0] >> 2, a.strides[0] >> 2, a.strides[1] >> 2, b.strides[0] >> 2, b.strides[1] >> 2)
-        panel = self._panel_for(inner, 0 if strides[2] % PACKED_STRIDE else rows)
+        panel = self._room(product_scratch(inner, 0 if strides[2] % PACKED_STRIDE else rows))
         self._call["product"](at(out), at(a), at(b), at(panel), rows, columns, inner, *strides, add)
 
     def product_gelu(self, out: Array, slope: Array, a: Array, b: Array, bias: Array) -> None:
@@ -97,7 +97,7 @@ class CompiledKernels:
             self.gelu_forward(out, slope, bias)
             return
         inner = a.shape[1]
-        arrays = (out, slope, a, b, bias, self._panel_for(inner, 0))
+        arrays = (out, slope, a, b, bias, self._room(product_scratch(inner, 0)))
         self._call["product_gelu"](*map(at, arrays), *out.shape, inner)
 
     def product_slope(self, out: Array, dbias: Array, a: Array, b: Array, slope: Array) -> None:
@@ -106,7 +106,7 @@ class CompiledKernels:
             self.gelu_backward(out, dbias, slope)
             return
         inner = a.shape[1]
-        arrays = (out, dbias, a, b, slope, self._panel_for(inner, 0))
+        arrays = (out, dbias, a, b, slope, self._room(product_scratch(inner, 0)))
         self._call["product_slope"](*map(at, arrays), *out.shape, inner)
 
     def embed_forward(self, x: Array, inputs: NDArray[np.int32], wte: Array, wpe: Array) -> None:
@@ -173,7 +173,7 @@ class CompiledKernels:
         keys: NDArray[np.uint64] = NO_KEYS,
         threshold: int = 0,
     ) -> None:
-        scratch = self._scratch_for(shape)
+        scratch = self._room(attention_scratch(shape[1], shape[3]))
         arrays = (out, p, qkv, bias, scratch)
         self._call["attention_forward"](*map(at, arrays), *shape, at(keys), threshold, kept_scale(threshold))
 
@@ -189,7 +189,7 @@ class CompiledKernels:
         keys: NDArray[np.uint64] = NO_KEYS,
         threshold: int = 0,
     ) -> None:
-        scratch = self._scratch_for(shape)
+        scratch = self._room(attention_scratch(shape[1], shape[3]))
         arrays = (dqkv, dbias, dout, p, qkv, bias, scratch)
         self._call["attention_backward"](*map(at, arrays), *shape, at(keys), threshold, kept_scale(threshold))
 
@@ -232,17 +232,21 @@ class CompiledKernels:
         """Do about so many floating-point operations on registers alone: the most that this core can do."""
         self._call["multiply_adds"](round(flops / (2 * 12 * WIDTHS[self.name])))
 
-    def _panel_for(self, inner: int, packed_rows: int) -> Array:
-        return self._room(inner * (PANEL_COLUMNS + packed_rows))
-
-    def _scratch_for(self, shape: Sequence[int]) -> Array:
-        length, width = padded(shape[1]), padded(shape[3])
-        return self._room(8 * length * width + 2 * length * length)
-
     def _room(self, size: int) -> Array:
         if self.scratch.size < size:
             self.scratch = aligned_empty(size, np.float32)
         return self.scratch
+
+
+def product_scratch(inner: int, packed_rows: int) -> int:
+    """float32s that a product over ``inner`` packs into: a panel, and the rows of a transposed left matrix."""
+    return inner * (PANEL_COLUMNS + packed_rows)
+
+
+def attention_scratch(length: int, head: int) -> int:
+    """float32s that attention over ``length`` tokens packs a head of ``head`` channels into."""
+    rows, width = padded(length), padded(head)
+    return 8 * rows * width + 2 * rows * rows
 
 
 def plain_float32(*arrays: NDArray[Any]) -> bool:
