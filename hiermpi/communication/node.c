@@ -42,11 +42,15 @@ static int64_t nanoseconds(clockid_t clock) {
     return now.tv_sec * 1000000000L + now.tv_nsec;
 }
 
-/* Who makes a round full wakes a few of those who sleep, and each of them a few more: the root, which is often the last
- * to arrive, would else pay for waking all. */
+/* Who makes a round full wakes a few of those who sleep for it, and each of them a few more: the last to arrive would else
+ * pay for waking all. Who sleeps for the next round already is left alone: a round has a bit of its own. */
 enum { WOKEN = 4 };
 
-static void wake_some(struct gate *gate) { syscall(SYS_futex, gate->word, FUTEX_WAKE, WOKEN, NULL, NULL, 0); }
+static uint32_t bit(const struct gate *gate) { return (uint32_t)1 << gate->round % 32; }
+
+static void wake_some(struct gate *gate) {
+    syscall(SYS_futex, gate->word, FUTEX_WAKE_BITSET, WOKEN, NULL, NULL, bit(gate));
+}
 
 /* Begin the next round; a member counts one more arrival. */
 void arrive(struct gate *gate) {
@@ -66,17 +70,18 @@ static int spun(struct gate *gate, int64_t start) {
 
 static void sleep_until_there(struct gate *gate) {
     const int64_t end = nanoseconds(CLOCK_MONOTONIC) + gate->sleep;
-    for (int64_t left = gate->sleep; left > 0; left = end - nanoseconds(CLOCK_MONOTONIC)) {
-        const struct timespec limit = {left / 1000000000L, left % 1000000000L};
+    const struct timespec limit = {end / 1000000000L, end % 1000000000L};
+    for (;;) {
         const uint32_t seen = atomic_load(gate->word);
         if (there(gate)) return;
         /* Arrivals before the last one change the word but wake nobody: only a fresh sleeper is sent back by them. */
-        const int failed = syscall(SYS_futex, gate->word, FUTEX_WAIT, seen, &limit, NULL, 0) != 0 ? errno : 0;
+        const int failed =
+            syscall(SYS_futex, gate->word, FUTEX_WAIT_BITSET, seen, &limit, NULL, bit(gate)) != 0 ? errno : 0;
         if (there(gate)) {
             wake_some(gate);
             return;
         }
-        if (failed == EINTR) return;
+        if (failed == EINTR || failed == ETIMEDOUT) return;
     }
 }
 
