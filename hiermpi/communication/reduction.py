@@ -40,6 +40,9 @@ class Reduction(Protocol):
     ownership: Ownership
     keeps_gradients: bool
     """Whether :meth:`reduce` leaves every rank's own gradient as it was."""
+    decides: bool
+    """Whether this rank comes to the verdict on a step: every rank that owns something does, and the root unless one of
+    them can tell the others."""
 
     def gradient_vector(self) -> NDArray:
         """This rank's zeroed gradient, in the memory where it is summed best."""
@@ -59,24 +62,29 @@ class Reduction(Protocol):
     def reduce(self, sums: NDArray[np.float64], gradients: NDArray) -> NDArray:
         """Sum a few numbers, and the vector of :meth:`gradient_vector`, over the ranks.
 
-        Leaves the sum of the numbers in the ``sums`` of the root and of every owner, and returns a vector that holds
-        the other sum at least in the parts that this rank owns; all else is scratch. Gradients may be written again
-        after the next call that is collective.
+        Leaves the sum of the numbers in the ``sums`` of every rank that decides, and returns a vector that holds the
+        other sum at least in the parts that this rank owns; all else is scratch. Gradients may be written again after
+        the next call that is collective.
         """
 
     def sum_everywhere(self, values: NDArray[np.float64]) -> None:
         """Sum a few numbers over all ranks, in place on every rank."""
 
     def exchange(self, values: NDArray[np.float64] | None) -> None:
-        """Give the root and every owner what each owner found for its blocks.
+        """Give every rank that decides what each owner found for its blocks.
 
         Args:
-            values: (k, blocks), k at most 2, on the root and the owners: filled where this rank owns the block, zero
+            values: (k, blocks), k at most 2, on ranks that decide: filled where this rank owns the block, zero
                 elsewhere, and filled altogether afterwards. None on all other ranks.
         """
 
     def broadcast(self, verdict: NDArray[np.float64], parameters: NDArray[np.float32]) -> None:
-        """Give every rank the root's numbers and, where the first is not 0, each owner's part of the parameters."""
+        """Give every rank the verdict and, where its first number is not 0, each owner's part of the parameters.
+
+        Args:
+            verdict: the same on all ranks that decide, and on every rank afterwards.
+            parameters: a slot of them.
+        """
 
     def free(self) -> None:
         """Free what was made."""
@@ -100,6 +108,7 @@ class TreeReduction:
     ) -> None:
         self.comms = comms
         self.ownership = ownership
+        self.decides = ownership.number(comms.rank) is not None
         self.dtype = dtype
         self.slots = slots
 

@@ -170,15 +170,18 @@ class Mailboxes:
         memory: holds :meth:`nbytes` bytes of it from ``offset`` on.
         offset: where.
         gate: of all ranks of the node. It may have rounds besides.
+        teller: the rank of the node whose numbers :meth:`tell` tells.
     """
 
-    def __init__(self, memory: NodeMemory, offset: int, gate: Gate) -> None:
+    def __init__(self, memory: NodeMemory, offset: int, gate: Gate, teller: int = 0) -> None:
         self._boxes = memory.array(offset, (2, memory.size, MAILBOX_DOUBLES), np.float64)
         self._rank, self._size, self._library = memory.rank, memory.size, memory.library
         self._gate, self._waiter = gate, gate.waiter
         self._at = gate.at, gate.waiter.slept_at
         self._first = [at(boxes) for boxes in self._boxes]
         self._own = [at(boxes[memory.rank]) for boxes in self._boxes]
+        self._told = [at(boxes[teller]) for boxes in self._boxes]
+        self._teller = teller
         self._turn = 0
 
     @staticmethod
@@ -206,16 +209,17 @@ class Mailboxes:
             self._waiter.wait_asleep(self._library.collect, *self._at, *arguments)
 
     def tell(self, values: NDArray[np.float64]) -> None:
-        """Turn to the other set, and give every rank the numbers of the node's first. A barrier."""
+        """Turn to the other set, and give every rank the teller's numbers. A barrier."""
         self._turn = turn = 1 - self._turn
-        library, first, n = self._library, self._rank == 0, len(values)
+        library, teller, n = self._library, self._teller, len(values)
+        mine = self._rank == teller
         if library is None:
-            if first:
-                self._boxes[turn, 0, :n] = values
+            if mine:
+                self._boxes[turn, teller, :n] = values
             self._gate.meet()
-            values[:] = self._boxes[turn, 0, :n]
-        elif not library.tell(*self._at, at(values), self._first[turn], n, first):
-            self._waiter.wait_asleep(library.take, *self._at, at(values), self._first[turn], n)
+            values[:] = self._boxes[turn, teller, :n]
+        elif not library.tell(*self._at, at(values), self._told[turn], n, mine):
+            self._waiter.wait_asleep(library.take, *self._at, at(values), self._told[turn], n)
 
 
 @cache

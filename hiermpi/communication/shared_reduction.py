@@ -59,16 +59,16 @@ class SharedReduction:
         summed_by = summing(ownership, topology, place, width, os.cpu_count() or 1)
         leaves = [rank for rank in topology.ranks_of_node[place] if topology.is_leaf(rank)]
         n_buffers = max(len(leaves), 1)  # where nobody computes, zeros
-        owners = sorted({0, *owned_by[owned_by >= 0].tolist()})
+        owners = sorted(set(owned_by[owned_by >= 0].tolist()))
         self._sums_its_own = not self._several and bool((summed_by == owned_by).all())
         """Whether every owner sums what it owns, so that it need not wait for others' sums."""
         self._slices = [span for span in spans_of(ownership.bounds, summed_by) if span.owner == node.rank]
         number = ownership.number(comms.rank)
-        self._owns = number is not None
-        self._waits_for_sums = self._several or self._owns or bool(self._slices)
         self._blocks = np.empty(0, np.int64) if number is None else ownership.blocks_of(number)
+        self.decides = number is not None if self._several else len(self._blocks) > 0
+        self._waits_for_sums = self._several or self.decides or bool(self._slices)
         members, n_blocks = range(node.size), len(ownership.owners)
-        summers = sorted({0, *summed_by[summed_by >= 0].tolist()})
+        summers = sorted(set(summed_by[summed_by >= 0].tolist()))
         gates = [members, members, summers, owners]
         pieces = [*(Gate.nbytes(len(some)) for some in gates), *[Mailboxes.nbytes(node.size)] * 2]
         pieces += [8 * EXCHANGED_ROWS * n_blocks, 4 * stride * slots, width * stride, width * stride * n_buffers]
@@ -77,7 +77,8 @@ class SharedReduction:
         made = [Gate(memory, offset, some, comms.waiter) for offset, some in zip(offsets, gates, strict=False)]
         self._all, self._computed, self._summed, self._owners = made
         """Of all ranks: done with what came before, done with its gradients; of those who sum, and who own."""
-        self._sums, self._told = Mailboxes(memory, offsets[4], self._computed), Mailboxes(memory, offsets[5], self._all)
+        self._sums = Mailboxes(memory, offsets[4], self._computed)
+        self._told = Mailboxes(memory, offsets[5], self._all, teller=0 if self._several else owners[0])
         self._exchanged = memory.array(offsets[6], (EXCHANGED_ROWS, n_blocks), np.float64)
         self._parameters = memory.array(offsets[7], (slots, stride), np.float32)
         self._total = memory.array(offsets[8], (stride,), dtype)
@@ -109,7 +110,10 @@ class SharedReduction:
             self._all.meet()
 
     def reduce(self, sums: NDArray[np.float64], gradients: NDArray) -> NDArray:
-        """On one node nobody waits for sums but their owners; who sums nothing does not even wait for gradients."""
+        """On one node nobody waits for sums but their owners; who sums nothing does not even wait for gradients.
+
+        A root that only coordinates is one of those: it gives its numbers and hears the verdict.
+        """
         self._sums.offer(sums)
         if not self._waits_for_sums:
             return self._sum
@@ -118,7 +122,7 @@ class SharedReduction:
             self.sum_part(start, stop)
         if not self._sums_its_own:
             self._summed.arrive()
-            if self._several or self._owns:
+            if self._several or self.decides:
                 self._summed.wait()
         if self._several:
             if self._leaders != MPI.COMM_NULL:
@@ -144,12 +148,10 @@ class SharedReduction:
         if self._several:
             exchange_on_control(self.comms, values)
             return
-        if values is None:
-            return
-        if len(self._blocks):
+        if values is not None:
             self._exchanged[: len(values), self._blocks] = values[:, self._blocks]
-        self._owners.meet()
-        values[:] = self._exchanged[: len(values)]
+            self._owners.meet()
+            values[:] = self._exchanged[: len(values)]
 
     def broadcast(self, verdict: NDArray[np.float64], parameters: NDArray[np.float32]) -> None:
         """The owners' nodes have the parameters already; one barrier on one node."""

@@ -59,11 +59,9 @@ class Ownership:
         return bool(self.owners.any())
 
     def number(self, rank: int) -> int | None:
-        """The number of a rank that owns something, or of the root; None of any other."""
-        if rank not in self.ranks:
-            return None
-        number = self.ranks.index(rank)
-        return number if number == 0 or len(self.blocks_of(number)) else None
+        """The number of the root and, where parts are shared out, of any control rank; None of all others."""
+        owners = self.ranks if self.shared_out else self.ranks[:1]
+        return owners.index(rank) if rank in owners else None
 
     @cached_property
     def spans(self) -> list[Span]:

@@ -235,9 +235,10 @@ class Trainer:
     def _optimize(self, sums: NDArray[np.float64], total: NDArray) -> Verdict:
         """Decide on the step and, unless it must be skipped, update the owned parameters.
 
-        Every owner comes to the same verdict; other ranks hear it later. Collective over the hierarchy.
+        All that decide come to the same verdict; other ranks hear it later. Collective over the hierarchy.
         """
-        optimizer, findings, tokens = self.optimizer, None, int(sums[1])
+        optimizer = self.optimizer if self.reduction.decides else None
+        findings, tokens = None, int(sums[1])
         if optimizer is not None:
             if self.reproducible:
                 for start, stop, _ in optimizer.spans:

@@ -5,6 +5,7 @@ import pytest
 
 from hiermpi.hierarchy.ownership import (
     FREE,
+    Ownership,
     assign,
     dealt_out,
     lanes,
@@ -73,6 +74,11 @@ def test_numbers_of_ranks():
     assert ownership.number(1) == 1
     assert ownership.number(7) == 2
     assert ownership.number(2) is None
+
+
+def test_a_control_rank_that_got_nothing_still_takes_part():
+    ownership = Ownership(np.array([0, 4, 8]), np.array([1, 3]), np.array([-1, -1]), range(4))
+    assert [ownership.number(rank) for rank in range(5)] == [0, 1, 2, 3, None]
 
 
 @pytest.mark.parametrize("nodes", [[13], [2, 2], [1, 5, 3], [1, 1, 1], [8, 8, 8, 8]])

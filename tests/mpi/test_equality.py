@@ -125,3 +125,17 @@ def test_fewer_sequences_than_ranks(world, shared_folder):
     reference(world, data, shared_folder / "one", *options)
     collective_assert(world, train_on(world, data, shared_folder / "n", *options) == 0)
     require_equal(world, shared_folder / "n", shared_folder / "one")
+
+
+@pytest.mark.parametrize("coordinators", ["compute", "dedicated"])
+@pytest.mark.parametrize("kind", ["tree", "shared", "flat"])
+def test_a_model_so_small_that_a_control_rank_owns_nothing(world, shared_folder, kind, coordinators):
+    data = shared_folder / "data.h5"
+    if world.rank == 0:
+        make_dataset(shared_folder, "".join("ab\n"[i * i % 7 % 3] for i in range(9000)), "--tokenizer", "chars")
+    small = ("--model.n_layer", "1", "--model.n_head", "1", "--model.n_embd", "4", "--model.context_length", "8")
+    options = [*TINY, *small, "--train.steps", "5"]
+    reference(world, data, shared_folder / "one", *options)
+    flags = ["--hierarchy.reduction", kind, "--hierarchy.coordinators", coordinators]
+    collective_assert(world, train_on(world, data, shared_folder / "n", *options, *flags) == 0)
+    require_equal(world, shared_folder / "n", shared_folder / "one")

@@ -8,7 +8,7 @@ from hiermpi.communication import reduction
 from hiermpi.communication.choosing import make_reduction
 from hiermpi.communication.communicators import Communicators
 from hiermpi.communication.reduction import allreduce_small, chunks
-from hiermpi.hierarchy.ownership import owned_by_root
+from hiermpi.hierarchy.ownership import Ownership, owned_by_root
 
 pytestmark = pytest.mark.mpi
 
@@ -98,6 +98,38 @@ def test_broadcast_reaches_every_rank(comm, kind):
         collective_assert(comm, (parameters == value).all(), parameters[:3])
         collective_assert(comm, small.tolist() == [value, 1.0], small)
         how.broadcast(small, parameters)  # nobody may run ahead and write while others still compare
+    how.free()
+    comms.free()
+
+
+@pytest.mark.parametrize("owner", [0, 1])
+def test_those_who_decide_have_the_sums_and_are_heard(comm, kind, owner):
+    """The root need not decide where it owns nothing; every owner always does."""
+    comms = Communicators(comm, 12)
+    ranks = [0, *comms.topology.control_ranks]
+    number = min(owner, len(ranks) - 1)
+    blocks = np.arange(0, 1001, 100)
+    ownership = Ownership(blocks, np.full(10, number), np.full(10, -1), ranks)
+    how = make_reduction(kind, comms, ownership).reduction
+    alone = kind == "shared" and comms.topology.n_nodes == 1
+    owns = comm.rank == ranks[number]
+    collective_assert(comm, how.decides == (owns if alone else ownership.number(comm.rank) is not None))
+    for turn in range(1, 20):
+        sums = np.array([1.0, turn])
+        vector = gradients(how, comm.rank + turn)
+        total = how.reduce(sums, vector)
+        expected = comm.size * (comm.size - 1) / 2 + comm.size * turn
+        good = not how.decides or sums.tolist() == [comm.size, comm.size * turn]
+        good = good and (not owns or bool((total == expected).all()))
+        found = np.zeros((1, 10)) if how.decides else None
+        if found is not None and owns:
+            found[:] = turn
+        if ownership.shared_out:
+            how.exchange(found)
+        good = good and (found is None or bool((found == turn).all()))
+        verdict = np.array([1.0, turn] if how.decides else [0.0, 0.0])
+        how.broadcast(verdict, how.parameter_slots()[0])
+        collective_assert(comm, good and verdict.tolist() == [1.0, turn], (good, verdict))
     how.free()
     comms.free()
 
