@@ -155,30 +155,40 @@ static void settle(const State *s) {
     }
 }
 
-/* The bins that units prefer at no prices, and idle units where there is room: _Assignment at prices of 0. */
-static void choose(const int32_t *affinity, const int64_t *capacity, int64_t *place, int64_t *load, int64_t *idle,
-                   long n, long bins) {
+/* The bins that units prefer at these prices, and idle units in the cheapest: as _Assignment begins. */
+static void choose(const int32_t *affinity, const int64_t *capacity, const int64_t *prices, int64_t *place,
+                   int64_t *load, int64_t *idle, long n, long bins) {
     int64_t left = -n;
+    long cheapest = 0;
     memset(load, 0, bins * sizeof *load);
     for (long i = 0; i < n; i++) {
         const int32_t *worth = affinity + i * bins;
         long best = 0;
-        for (long j = 1; j < bins; j++) best = worth[j] > worth[best] ? j : best;
+        int64_t most = worth[0] - prices[0];
+        for (long j = 1; j < bins; j++) {
+            const int64_t net = worth[j] - prices[j];
+            best = net > most ? j : best;
+            most = net > most ? net : most;
+        }
         place[i] = best;
         load[best]++;
     }
-    for (long j = 0; j < bins; j++) left += capacity[j];
     for (long j = 0; j < bins; j++) {
-        const int64_t room = capacity[j] > load[j] ? capacity[j] - load[j] : 0;
+        left += capacity[j];
+        if (prices[j] < prices[cheapest]) cheapest = j;
+    }
+    for (long j = 0; j < bins; j++) {
+        const int64_t room = prices[j] == prices[cheapest] && capacity[j] > load[j] ? capacity[j] - load[j] : 0;
         idle[j] = room < left ? room : left;
         left -= idle[j];
     }
+    idle[cheapest] += left;
 }
 
-/* Everything is as in _Assignment; `loss` (bins, bins) is written. With `fresh`, place, load and idle are chosen first.
- * 0 where values are too large for this form, or memory is short: then nothing has changed. */
-int balance(const int32_t *affinity, const int64_t *capacity, int64_t *place, int64_t *load, int64_t *idle,
-            int64_t *loss, long n, long bins, long fresh) {
+/* Everything is as in _Assignment; `loss` (bins, bins) is written. Where there are prices (bins,), place, load and idle are
+ * chosen by them first. 0 where values are too large for this form, or memory is short: then nothing has changed. */
+int balance(const int32_t *affinity, const int64_t *capacity, const int64_t *prices, int64_t *place, int64_t *load,
+            int64_t *idle, int64_t *loss, long n, long bins) {
     for (long k = 0; k < n * bins; k++)
         if (affinity[k] < 0 || affinity[k] > LARGEST / bins) return 0;
     const long wide = (bins + LANES - 1) / LANES * LANES, words = (n + 63) / 64;
@@ -190,7 +200,7 @@ int balance(const int32_t *affinity, const int64_t *capacity, int64_t *place, in
     s.previous = (int64_t *)(s.inside + bins * words), s.path = s.previous + bins;
     s.worth = (int32_t *)(s.path + bins), s.loss = s.worth + n * wide;
     s.distance = s.loss + bins * wide, s.shorter = s.distance + wide, s.through = s.shorter + wide;
-    if (fresh) choose(affinity, capacity, place, load, idle, n, bins);
+    if (prices) choose(affinity, capacity, prices, place, load, idle, n, bins);
     for (long i = 0; i < n; i++) {
         memcpy(s.worth + i * wide, affinity + i * bins, 4 * bins);
         s.inside[place[i] * words + i / 64] |= (uint64_t)1 << (i % 64);

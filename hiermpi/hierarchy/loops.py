@@ -14,7 +14,7 @@ def compiled_loops() -> ctypes.CDLL | None:
     if library is None:
         return None
     address, number = ctypes.c_void_p, ctypes.c_long
-    library.balance.argtypes, library.balance.restype = [*[address] * 6, *[number] * 3], ctypes.c_int
+    library.balance.argtypes, library.balance.restype = [*[address] * 7, *[number] * 2], ctypes.c_int
     library.deal.argtypes = [*[address] * 8, *[number] * 3]
     library.count_groups.argtypes = [*[address] * 3, *[number] * 4]
     library.read_rows16.argtypes = library.read_rows32.argtypes = [*[address] * 7, *[number] * 3]

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from hiermpi.hierarchy.loops import compiled_loops
 from hiermpi.hierarchy.topology import Topology
-from hiermpi.hierarchy.transport import assign
+from hiermpi.hierarchy.transport import Integers, assign, clearing_prices
 from hiermpi.native import at
 
 
@@ -70,6 +70,17 @@ class Router:
         self.tokens = 0
         self.own_tokens = 0
         """Tokens routed so far, and those of them that met the group of their own symmetry class."""
+        self.learns = mode == "balanced" and topology.size > 1
+        """Whether :meth:`learn` is of use."""
+        self._prices: Integers | None = None
+
+    def learn(self, counts: NDArray[np.int32]) -> None:
+        """Look at the :meth:`counts` of some sequences like those to come, one or more: it makes routing faster.
+
+        Of assignments that are equally good, it may choose another one from then on.
+        """
+        units = self._units(counts)
+        self._prices = clearing_prices(units, self._capacity(len(units)))
 
     def route(self, tokens: NDArray[np.int32]) -> Routing:
         """Route the (B, T) token ids of one batch; entries below 0 are padding."""
@@ -81,8 +92,7 @@ class Router:
     def route_counts(self, counts: NDArray[np.int32]) -> Routing:
         """Route sequences by their (B, bins) :meth:`counts`, on two ranks or more."""
         n, unit = len(counts), self.unit_size
-        units = counts if unit == 1 else np.add.reduceat(counts, np.arange(0, n, unit), axis=0)
-        unit_bin = self._bins(units)
+        unit_bin = self._bins(self._units(counts))
         loops = compiled_loops()
         if loops is not None:
             leaf, bins, totals = np.empty(n, np.int64), np.empty(n, np.int64), np.empty(2, np.int64)
@@ -127,8 +137,17 @@ class Router:
         if self.mode == "lift":
             expected = np.where(self.frequency > 0, self.frequency, 1.0)
             return (counts[:, :-1] / expected).argmax(axis=1)
-        per_leaf = -(-len(counts) // len(self._ranks))
-        return assign(counts, self._leaves * per_leaf)
+        return assign(counts, self._capacity(len(counts)), self._prices)
+
+    def _units(self, counts: NDArray[np.int32]) -> NDArray[np.int32]:
+        """The counts of sequences, added up over those that are routed as one."""
+        if self.unit_size == 1:
+            return counts
+        return np.add.reduceat(counts, np.arange(0, len(counts), self.unit_size), axis=0)
+
+    def _capacity(self, n: int) -> Integers:
+        """(bins,) units of ``n`` that each bin may hold: an even share for each of its leaves, rounded up."""
+        return self._leaves * -(-n // len(self._ranks))
 
 
 def leaves_in_turn(bins: NDArray[np.integer], leaves: Sequence[Sequence[int]]) -> NDArray[np.int64]:

@@ -10,9 +10,10 @@ Network Flows, 1993, sections 9.3 and 9.7):
    bin i to bin j is the least loss of affinity for which a unit now in i moves to j. A shortest path leaves
    no cycle that gains. Once all loads fit, the absence of such cycles is the optimality of the assignment.
 
-So the prices decide only how many paths are needed. Of many units they come from a sample, solved in the same way,
-and a round of coordinate descent on the dual. All of it is integer arithmetic, without randomness; step 2 is also
-compiled (loops.c), with the same result.
+So the prices decide only how many paths are needed. The caller may know them from units of the same kind
+(:func:`clearing_prices`); else, of many units, they come from a sample, solved in the same way, and a round of
+coordinate descent on the dual. All of it is integer arithmetic, without randomness; both steps from given prices are
+also compiled (loops.c), with the same result.
 """
 
 from itertools import pairwise
@@ -35,12 +36,15 @@ NEVER = 1 << 60
 """Loss of a move that is not there; the sum of two is still an int64."""
 
 
-def assign(affinity: NDArray[np.integer], capacity: Integers) -> NDArray[np.intp]:
+def assign(
+    affinity: NDArray[np.integer], capacity: Integers, prices: Integers | None = None
+) -> NDArray[np.intp]:
     """Bin of each unit, maximising the total affinity with no bin above its capacity.
 
     Args:
         affinity: (n, bins) what each unit is worth in each bin (tokens), integers of at least 0.
         capacity: (bins,) units that each bin may hold, integers of at least 0.
+        prices: (bins,) to begin with, of :func:`clearing_prices`; by default they are found.
 
     Returns:
         (n,) bin of each unit, a pure function of the arguments.
@@ -55,19 +59,34 @@ def assign(affinity: NDArray[np.integer], capacity: Integers) -> NDArray[np.intp
     if n == 0:
         return np.zeros(0, np.intp)
     capacity = np.minimum(capacity, n)
-    if n <= FEW:
+    if prices is not None or n <= FEW:
+        first = np.zeros(len(capacity), np.int64) if prices is None else np.ascontiguousarray(prices, np.int64)
         place, load, idle = np.empty(n, np.int64), *np.empty((2, len(capacity)), np.int64)
-        if _balance_compiled(affinity, capacity, place, load, idle, fresh=True) is not None:
+        if _balance_compiled(affinity, capacity, place, load, idle, first) is not None:
             return place
+    if prices is not None:
+        assignment = _Assignment(affinity, capacity, prices)
+        assignment.balance()
+        return assignment.place
     return _solve(affinity, capacity).place
 
 
+def clearing_prices(affinity: NDArray[np.integer], capacity: Integers) -> Integers:
+    """(bins,) prices at which each unit prefers a bin that an :func:`assign` of the same arguments gives it."""
+    return _solve(affinity, np.minimum(capacity, len(affinity))).prices()
+
+
 def _balance_compiled(
-    affinity: NDArray[np.integer], capacity: Integers, place: Integers, load: Integers, idle: Integers, fresh: bool
+    affinity: NDArray[np.integer],
+    capacity: Integers,
+    place: Integers,
+    load: Integers,
+    idle: Integers,
+    prices: Integers | None = None,
 ) -> Integers | None:
     """:meth:`_Assignment.balance` of its attributes; the losses, or None where there is no compiled form for them.
 
-    With ``fresh``, place, load and idle are first set to what they are at prices of 0.
+    With prices, place, load and idle are first set to what they are at these.
     """
     loops = compiled_loops()
     if loops is None or (affinity.dtype != np.int32 and affinity.max() >= FITTING):
@@ -75,8 +94,8 @@ def _balance_compiled(
     n, bins = affinity.shape
     loss = np.empty((bins, bins), np.int64)
     affinity, capacity = np.ascontiguousarray(affinity, np.int32), np.ascontiguousarray(capacity, np.int64)
-    arrays = (affinity, capacity, place, load, idle, loss)
-    return loss if loops.balance(*map(at, arrays), n, bins, fresh) else None
+    arrays = (affinity, capacity, prices, place, load, idle, loss)
+    return loss if loops.balance(*(None if array is None else at(array) for array in arrays), n, bins) else None
 
 
 def _solve(affinity: NDArray[np.integer], capacity: Integers) -> "_Assignment":
@@ -143,7 +162,7 @@ class _Assignment:
 
     def balance(self) -> None:
         """Move units until no bin is above its capacity; each path takes at least one from a bin that is."""
-        loss = _balance_compiled(self.affinity, self.capacity, self.place, self.load, self.idle, fresh=False)
+        loss = _balance_compiled(self.affinity, self.capacity, self.place, self.load, self.idle)
         if loss is not None:
             self.loss = loss
             return

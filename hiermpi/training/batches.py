@@ -11,6 +11,9 @@ from hiermpi.data.sampling import Sampler, evaluation_windows
 from hiermpi.hierarchy.routing import Router, Routing
 from hiermpi.model.contract import IGNORED_TARGET, Batch
 
+LEARNED_FROM = 512
+"""Units, at most, that the router learns from."""
+
 
 class TokenSource(Protocol):
     """What a batch source needs of a dataset."""
@@ -30,7 +33,6 @@ class KeptTokens(Protocol):
         """All token ids of ``split`` as they are stored; None where they are on disk."""
 
 
-
 @dataclass(frozen=True)
 class PreparedBatch:
     """A batch that is ready to leave the root."""
@@ -43,7 +45,7 @@ class PreparedBatch:
 
 
 class BatchSource:
-    """Prepares the batches of a training run, one ahead.
+    """Prepares the batches of a training run, one ahead. Has the router look at some sequences first.
 
     Args:
         tokens: the dataset.
@@ -71,6 +73,8 @@ class BatchSource:
         self._reader, length = None, sampler.context_length + 1
         if kept is not None and router.topology.size > 1:
             self._reader = RowReader(kept, length, self.row_of_token, router.group_of_token, router.n_bins)
+        if router.learns:
+            router.learn(self._first_counts())
 
     def take(self, cursor: int) -> PreparedBatch:
         """The batch at ``cursor``; at once if :meth:`prepare` was called for it."""
@@ -91,6 +95,21 @@ class BatchSource:
             routing = self.router.route(tokens[:, :-1])
             rows = pack_rows(drawn.sequence_ids, self.row_of_token[tokens])
         self._ready = PreparedBatch(cursor, cursor + len(rows), rows, routing)
+
+
+    def _first_counts(self) -> NDArray[np.int32]:
+        """The router's counts of sequences that are the same in every run on this data, resumed ones included."""
+        unit = self.router.unit_size
+        end, at_once = min(LEARNED_FROM * unit, self.sampler.n_sequences), max(self.batch_size // unit, 1) * unit
+        counts = []
+        for first in range(0, end, at_once):
+            drawn = self.sampler.draw(first, min(at_once, end - first))
+            if self._reader is not None:
+                counts.append(self._reader.read(drawn)[1])
+            else:
+                tokens = self.tokens.read("train", drawn.starts, self.sampler.context_length + 1)
+                counts.append(self.router.counts(tokens[:, :-1]))
+        return np.concatenate(counts)
 
 
 class EvaluationSource:

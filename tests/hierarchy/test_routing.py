@@ -134,3 +134,16 @@ def test_the_compiled_dealing_is_the_numpy_one(coordinators, unit_size, mode, mo
         assert np.array_equal(compiled.leaf, plain.leaf)
         assert np.array_equal(compiled.bin, plain.bin)
         assert compiled[2:] == plain[2:]
+
+
+@pytest.mark.parametrize("unit_size", [1, 4])
+@pytest.mark.parametrize("batch", [5, 26, 130, 600])
+def test_what_was_learned_changes_no_share(batch, unit_size):
+    generator = np.random.default_rng(batch)
+    tokens = np.minimum(generator.geometric(0.05, (batch, 40)), 50).astype(np.int32) - 1
+    fresh, learned = (make_router(13, "balanced", unit_size=unit_size) for _ in range(2))
+    learned.learn(learned.counts(tokens[::-1]))
+    routing = learned.route(tokens)
+    assert routing.own_tokens == fresh.route(tokens).own_tokens
+    units = -(-batch // unit_size)
+    assert np.bincount(routing.leaf[::unit_size], minlength=13).max() <= -(-units // 13)

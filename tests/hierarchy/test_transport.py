@@ -6,7 +6,7 @@ from forms import both_forms
 from scipy.optimize import linear_sum_assignment
 
 from hiermpi.hierarchy import transport
-from hiermpi.hierarchy.transport import assign
+from hiermpi.hierarchy.transport import assign, clearing_prices
 
 BUILT = transport.compiled_loops()
 form = both_forms(transport)
@@ -131,6 +131,36 @@ def test_good_prices_leave_few_paths(kind, monkeypatch):
         assert len(paths) < 200
 
 
+@pytest.mark.parametrize("slack", [0, 3, 40])
+@pytest.mark.parametrize("largest", [0, 3, 20, 10**6])
+def test_the_value_is_the_greatest_from_any_prices(largest, slack):
+    generator = np.random.default_rng([largest, slack])
+    for n in (1, 2, 7, 30, 69):
+        affinity, capacity = random_case(generator, n, largest, slack)
+        other = generator.permuted(affinity, axis=0)
+        for prices in (
+            clearing_prices(affinity, capacity),
+            clearing_prices(other, capacity),
+            generator.integers(-largest, 2 * largest + 1, len(capacity)),
+        ):
+            chosen = assign(affinity, capacity, prices)
+            assert (np.bincount(chosen, minlength=len(capacity)) <= capacity).all()
+            assert value(affinity, chosen) == best_value(affinity, capacity)
+
+
+@pytest.mark.parametrize("capacity", CAPACITIES.values(), ids=CAPACITIES.keys())
+@pytest.mark.parametrize("kind", ["text", "wide", "tied", "equal"])
+def test_clearing_prices_are_those_of_a_best_assignment(kind, capacity):
+    """At them what units get and bins take is the value, and they leave nothing to be moved but what is tied."""
+    affinity = full_size_affinity(kind)
+    prices = clearing_prices(affinity, capacity)
+    chosen = assign(affinity, capacity, prices)
+    net = affinity - prices
+    assert prices.min() == 0
+    assert value(affinity, chosen) == int(net.max(axis=1).sum() + capacity @ prices)
+    assert (net[np.arange(len(net)), chosen] == net.max(axis=1)).all()
+
+
 def test_the_dual_notices_a_worse_assignment():
     affinity, capacity = full_size_affinity("text"), CAPACITIES["even"]
     chosen = assign(affinity, capacity)
@@ -175,6 +205,21 @@ def test_one_bin_and_no_units():
 def test_capacities_that_do_not_suffice_are_refused():
     with pytest.raises(ValueError, match="5 units do not fit into a capacity of 4"):
         assign(np.zeros((5, 2), np.int64), np.array([1, 3]))
+
+
+@pytest.mark.skipif(BUILT is None, reason="loops.c was not built")
+@pytest.mark.parametrize("largest", [0, 1, 3, 20, 10**6])
+def test_the_compiled_form_begins_at_prices_as_numpy_does(largest, monkeypatch):
+    generator = np.random.default_rng(largest)
+    for n in (1, 2, 5, 17, 60, 300):
+        for slack in (0, 2, 40):
+            affinity, capacity = random_case(generator, n, largest, slack)
+            prices = generator.integers(0, largest + 2, len(capacity))
+            made = []
+            for built in (BUILT, None):
+                monkeypatch.setattr(transport, "compiled_loops", lambda built=built: built)
+                made.append(assign(affinity, capacity, prices))
+            np.testing.assert_array_equal(made[0], made[1])
 
 
 @pytest.mark.skipif(BUILT is None, reason="loops.c was not built")
