@@ -13,7 +13,6 @@ from mpi4py import MPI
 from hiermpi.benchmarks.step import make_trainer
 from hiermpi.communication.communicators import Communicators, usable_cores
 from hiermpi.communication.objects import broadcast_object
-from hiermpi.communication.turns import Turns, make_turns
 from hiermpi.communication.waiting import Waiter
 from hiermpi.config.schema import Config
 from hiermpi.model.contract import Batch
@@ -44,13 +43,6 @@ def measure_machine(config: Config, world: MPI.Comm, rows: list[dict[str, Any]])
     cores, waiter = usable_cores(), Waiter()
     few = min(world.size, cores)
     call, token = compute_seconds(config, world, few, waiter)
-    crowding = 1.0
-    if world.size > cores:
-        comms = Communicators(world, config.model.symmetry_order)
-        crowded_call, crowded_token = compute_seconds(config, world, world.size, waiter, comms)
-        comms.free()
-        several = 4 * config.model.context_length
-        crowding = (crowded_call + several * crowded_token) / (call + several * token)
     machine = Machine(
         host=socket.gethostname(),
         date=datetime.datetime.now(tz=datetime.UTC).date().isoformat(),
@@ -59,7 +51,6 @@ def measure_machine(config: Config, world: MPI.Comm, rows: list[dict[str, Any]])
         token_work=token_work(config.model),
         token_seconds=token,
         call_seconds=call,
-        crowding=max(1.0, crowding),
         sum_rate=sum_rate(rows, world.size),
         optimize_seconds=0.0,
         batch_seconds=0.0,
@@ -73,16 +64,13 @@ def measure_machine(config: Config, world: MPI.Comm, rows: list[dict[str, Any]])
     return broadcast_object(world, machine, waiter)
 
 
-def compute_seconds(
-    config: Config, world: MPI.Comm, n: int, waiter: Waiter, comms: Communicators | None = None
-) -> tuple[float, float]:
-    """(per call, per token) CPU seconds as ``n`` ranks compute, others asleep; in turns with ``comms``. Collective."""
+def compute_seconds(config: Config, world: MPI.Comm, n: int, waiter: Waiter) -> tuple[float, float]:
+    """(per call, per token) CPU seconds as ``n`` ranks compute, others asleep. Collective over ``world``."""
     model = config.model
     several = max(2, min(micro_batch_sequences(model, config.train.micro_batch_size), 8))
     medians = np.zeros(2)
-    transformer = Transformer(model, micro_batch_size=several, kernels=load_kernels())
-    turns = make_turns(comms, transformer) if comms else Turns()
     if world.rank < n:
+        transformer = Transformer(model, micro_batch_size=several, kernels=load_kernels())
         transformer.initialize(1)
         gradients = transformer.parameters.new_vector()
         tokens = np.random.default_rng(world.rank).integers(0, model.vocab_size, (several, model.context_length + 1))
@@ -94,10 +82,9 @@ def compute_seconds(
             taken: list[float] = []
             begun = time.perf_counter()
             while len(taken) <= TURNS or time.perf_counter() - begun < COMPUTE_SECONDS:
-                with turns:
-                    start = time.process_time()
-                    transformer.write_gradients(batch, gradients)
-                    taken.append(time.process_time() - start)
+                start = time.process_time()
+                transformer.write_gradients(batch, gradients)
+                taken.append(time.process_time() - start)
             medians[index] = statistics.median(taken[1:])
     idle_barrier(world)
     waiter.wait(world.Iallreduce(MPI.IN_PLACE, medians))

@@ -4,13 +4,16 @@ Ranks that share a core push each other out of its caches at every switch, and t
 caches hold. So only as many compute at once as keep the cores busy (:mod:`hiermpi.hierarchy.turns`), each to the end
 of its call, and one after the other in the same memory: the model's activations stay in the caches, and the node holds
 them once per core instead of once per rank.
+
+Where they are as many as the cores, a turn is also one on a certain core. The system would often wake the next rank
+behind another that computes, and leave the core that has become free idle for milliseconds.
 """
 
 import ctypes
 import os
 from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -52,9 +55,17 @@ class NodeTurns(Turns):
         ranks: that compute at once.
         work_in: called with the place of a turn, below ``ranks``, when it begins.
         waiter: for the waits.
+        cores: for each place the one that it is on; none where the system is to choose.
     """
 
-    def __init__(self, memory: NodeMemory, ranks: int, work_in: Callable[[int], None], waiter: Waiter) -> None:
+    def __init__(
+        self,
+        memory: NodeMemory,
+        ranks: int,
+        work_in: Callable[[int], None],
+        waiter: Waiter,
+        cores: Sequence[int] = (),
+    ) -> None:
         assert memory.library is not None
         self._library = memory.library
         self._work_in = work_in
@@ -69,6 +80,8 @@ class NodeTurns(Turns):
         self._turns = at(words), memory.size
         self._ranks = ranks
         self._place = 0
+        self._cores = cores
+        self._usual_cores = os.sched_getaffinity(0) if cores else set[int]()
 
     @staticmethod
     def lines(size: int, ranks: int) -> int:
@@ -78,6 +91,8 @@ class NodeTurns(Turns):
     def __enter__(self) -> None:
         self._library.ask_turn(self._at, *self._turns)
         self._waiter.wait_asleep(self._begun)
+        if self._cores:
+            self._run_on({self._cores[self._place]})
         self._work_in(self._place)
 
     def _begun(self) -> bool:
@@ -87,14 +102,31 @@ class NodeTurns(Turns):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self._cores:
+            self._run_on(self._usual_cores)
         self._library.end_turn(*self._turns, self._ranks, self._place)
 
+    def _run_on(self, cores: set[int]) -> None:
+        try:
+            os.sched_setaffinity(0, cores)
+        except OSError:  # they were taken from the job, or nobody may choose here: the system chooses
+            self._cores = ()
 
-def node_cores(comms: Communicators) -> int:
-    """Cores that the ranks of this node may use together. Collective over the node."""
-    mine = gather_objects(comms.node, sorted(os.sched_getaffinity(0)), comms.waiter)
-    count = len({core for cores in mine for core in cores}) if mine else 0
-    return broadcast_object(comms.node, count, comms.waiter)
+
+class NodeCores(NamedTuple):
+    """Of a node."""
+
+    cores: list[int]
+    """That its ranks may use together."""
+    free: bool
+    """Whether each of the ranks may use each of them."""
+
+
+def node_cores(comms: Communicators) -> NodeCores:
+    """The cores of this node. Collective over it."""
+    mine = gather_objects(comms.node, sorted(os.sched_getaffinity(0)), comms.waiter) or []
+    together = sorted({core for cores in mine for core in cores})
+    return broadcast_object(comms.node, NodeCores(together, all(cores == together for cores in mine)), comms.waiter)
 
 
 class Shareable(Protocol):
@@ -123,7 +155,9 @@ def make_turns(comms: Communicators, model: Shareable, threads: int = 1) -> Turn
     """
     topology, node = comms.topology, comms.node
     leaves = topology.leaves_of_node[topology.nodes[comms.rank]]
-    ranks = at_once(leaves, max(1, node_cores(comms) // threads))
+    cores, free = node_cores(comms)
+    ranks = at_once(leaves, max(1, len(cores) // threads))
+    chosen = cores if free and ranks == len(cores) else []
     turns, error = Turns(), None
     if ranks < leaves and shared_memory_usable() and node_library() is not None:
         elements = model.workspace_elements()
@@ -134,7 +168,7 @@ def make_turns(comms: Communicators, model: Shareable, threads: int = 1) -> Turn
             if memory.library is not None:
                 places = [memory.array(start + index * stride, (elements,), np.float32) for index in range(ranks)]
                 model.share_workspaces(places)
-                turns = NodeTurns(memory, ranks, model.work_in, comms.waiter)
+                turns = NodeTurns(memory, ranks, model.work_in, comms.waiter, chosen)
         except UserError as caught:
             error = caught
     agree(comms.world, error, comms.waiter)  # and the first words are written

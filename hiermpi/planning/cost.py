@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from hiermpi.config.schema import Config, ModelConfig
 from hiermpi.hierarchy.topology import Topology
+from hiermpi.hierarchy.turns import at_once
 from hiermpi.model.parameters import ParameterLayout
 from hiermpi.model.transformer import flops_per_token, transformer_specs
 from hiermpi.model.workspace import micro_batch_sequences
@@ -53,8 +54,6 @@ class Machine:
     """Of computing a token of it on one core, all cores being busy."""
     call_seconds: float
     """Of a micro-batch besides its tokens."""
-    crowding: float
-    """Times as long where ranks share cores."""
     sum_rate: float
     """Bytes a second that the node's cores together read and write in summing gradients in memory."""
     optimize_seconds: float
@@ -62,9 +61,9 @@ class Machine:
     batch_seconds: float
     """Of the root's preparing a sequence."""
     overhead_seconds: float
-    """Of a step besides all this, where every rank has a core."""
+    """Of a step besides all this."""
     crowded_overhead_seconds: float
-    """The same for each rank, on one core, where ranks share cores."""
+    """More of it for each rank, on one core, where ranks share cores and take turns."""
     root_seconds: float
     """CPU of the root a step for everything but computing and preparing sequences, at ``ranks``."""
     tree: Line
@@ -132,13 +131,16 @@ def predict(machine: Machine, topology: Topology, config: Config, model: ModelCo
     busy = min(leaves, batch)
     alone = _leaf_seconds(machine, config, model, batch / busy)
     preparing = batch * machine.batch_seconds
+    overhead = machine.overhead_seconds if topology.size > 1 else 0.0
     if crowded:
-        compute = machine.crowding * (computing * busy / leaves * alone + preparing) / cores
-        overhead = machine.crowded_overhead_seconds * ranks / cores
+        rounds = computing * busy / leaves / cores
+        if at_once(computing, cores) == cores:
+            rounds = ceil(rounds)
+        compute = rounds * alone + preparing / cores
+        overhead += machine.crowded_overhead_seconds * ranks / cores
     else:
         slowest = _leaf_seconds(machine, config, model, ceil(batch / leaves))
         compute = slowest + preparing if topology.is_leaf(0) else max(slowest, preparing)
-        overhead = machine.overhead_seconds if topology.size > 1 else 0.0
     reduce = _sum_seconds(machine, topology, config, 4 * layout.size, ranks, computing)
     share = _largest_share(topology, config, model, layout)
     spread = max(share, 1 / min(cores, ranks)) if share < 1 else 1.0

@@ -1,5 +1,6 @@
 """Turns: no more ranks at once than places, each place with one rank, everyone served, nothing lost by an error."""
 
+import os
 import time
 
 import numpy as np
@@ -8,7 +9,7 @@ from collective import collective_assert
 
 from hiermpi.communication.communicators import Communicators
 from hiermpi.communication.shared_memory import LINE, NodeMemory, node_library
-from hiermpi.communication.turns import NodeTurns, Turns, make_turns
+from hiermpi.communication.turns import NodeCores, NodeTurns, Turns, make_turns, node_cores
 from hiermpi.config.schema import ModelConfig
 from hiermpi.model.contract import Batch
 from hiermpi.model.transformer import Transformer
@@ -55,9 +56,44 @@ def test_a_turn_ends_with_an_error(comms):
     collective_assert(comms.world, True)
 
 
+def test_a_turn_is_on_the_core_of_its_place(comms):
+    node, usual = comms.node, os.sched_getaffinity(0)
+    cores = sorted(usual)[:2]
+    memory = NodeMemory(node, LINE * NodeTurns.lines(node.size, len(cores)), comms.waiter)
+    places, good = [], []
+    turns = NodeTurns(memory, len(cores), places.append, comms.waiter, cores)
+    comms.waiter.wait(node.Ibarrier())
+    for _ in range(ROUNDS):
+        with turns:
+            good.append(os.sched_getaffinity(0) == {cores[places[-1]]})
+        good.append(os.sched_getaffinity(0) == usual)
+    collective_assert(comms.world, all(good), good)
+
+
+def test_where_cores_cannot_be_chosen_the_system_does(comms, monkeypatch):
+    def refuse(*arguments):
+        raise OSError(1, "Operation not permitted")
+
+    monkeypatch.setattr("os.sched_setaffinity", refuse)
+    memory = NodeMemory(comms.node, LINE * NodeTurns.lines(comms.node.size, 1), comms.waiter)
+    places = []
+    turns = NodeTurns(memory, 1, places.append, comms.waiter, [0])
+    comms.waiter.wait(comms.node.Ibarrier())
+    for _ in range(3):
+        with turns:
+            pass
+    collective_assert(comms.world, places == [0, 0, 0], places)
+
+
+def test_the_cores_of_a_node(comms):
+    found = node_cores(comms)
+    mine = os.sched_getaffinity(0)
+    collective_assert(comms.world, mine <= set(found.cores) and (mine == set(found.cores) or not found.free), found)
+
+
 def test_shared_workspaces_change_no_bit(comms, monkeypatch):
     """Ranks compute batches of several sizes in the same memory as each alone in its own."""
-    monkeypatch.setattr("hiermpi.communication.turns.node_cores", lambda _: 1)
+    monkeypatch.setattr("hiermpi.communication.turns.node_cores", lambda _: NodeCores([0], False))
     config = ModelConfig(vocab_size=40, context_length=16, n_layer=2, n_head=2, n_embd=32, dropout=0.1)
     alone, shared = (Transformer(config, micro_batch_size=3) for _ in range(2))
     turns = make_turns(comms, shared)

@@ -19,7 +19,6 @@ MACHINE = Machine(
     token_work=token_work(MODEL),
     token_seconds=1e-4,
     call_seconds=1e-3,
-    crowding=1.1,
     sum_rate=2e10,
     optimize_seconds=1e-9,
     batch_seconds=1e-5,
