@@ -6,6 +6,7 @@ nodes are taken to cost what they cost inside the node that was measured: on a s
 """
 
 import dataclasses
+import heapq
 import json
 from collections.abc import Callable
 from math import ceil, log2
@@ -23,9 +24,9 @@ from hiermpi.planning.owners import owned_elements, planned_ownership
 
 MOST_SEQUENCES = 4096
 """Per leaf, up to which thresholds are looked for."""
-ATTENTION = 1.9
+ATTENTION = 1.2
 """What an operation of attention takes, to one of a large matrix product: its products are small, and it exponentiates.
-Fitted over contexts of 64 to 512 and widths of 64 to 768 on an Intel Xeon with AVX-512, to within 13 %."""
+Fitted over contexts of 64 to 512 and widths of 64 to 768 on an Intel Xeon with AVX-512, to within 16 %."""
 UTILISATION = 0.95
 ROOT_TO_WORKER = 40.0
 
@@ -133,10 +134,12 @@ def predict(machine: Machine, topology: Topology, config: Config, model: ModelCo
     preparing = batch * machine.batch_seconds
     overhead = machine.overhead_seconds if topology.size > 1 else 0.0
     if crowded:
-        rounds = computing * busy / leaves / cores
-        if at_once(computing, cores) == cores:
-            rounds = ceil(rounds)
-        compute = rounds * alone + preparing / cores
+        each, more = divmod(batch, leaves)
+        here = round(more * computing / leaves)
+        shares = [each + 1] * here + [each] * (computing - here)
+        taken = [_leaf_seconds(machine, config, model, share) for share in shares]
+        in_turns = at_once(computing, cores) == cores
+        compute = (_in_turns(taken, cores) if in_turns else sum(taken) / cores) + preparing / cores
         overhead += machine.crowded_overhead_seconds * ranks / cores
     else:
         slowest = _leaf_seconds(machine, config, model, ceil(batch / leaves))
@@ -158,6 +161,14 @@ def predict(machine: Machine, topology: Topology, config: Config, model: ModelCo
         min(1.0, busy * alone / (step * used)),
         alone / root if topology.size > 1 else 0.0,
     )
+
+
+def _in_turns(seconds: list[float], cores: int) -> float:
+    """When the last of these is done, each on the core that is free first, the longest first."""
+    ends = [0.0] * cores
+    for each in sorted(seconds, reverse=True):
+        heapq.heapreplace(ends, ends[0] + each)
+    return max(ends)
 
 
 def _leaf_seconds(machine: Machine, config: Config, model: ModelConfig, sequences: float) -> float:

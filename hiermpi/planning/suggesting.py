@@ -4,10 +4,11 @@ from typing import Any, NamedTuple
 
 from hiermpi.config.schema import Config
 from hiermpi.hierarchy.topology import Topology
-from hiermpi.model.workspace import AUTOMATIC_MICRO_BATCH_TOKENS
 
 FEWEST_TOKENS = 512
 """Per leaf and step: below, the products are too small and the exchange weighs too much."""
+MOST_TOKENS = 2048
+"""Per leaf and step that are suggested: above, there is little left to gain."""
 
 
 class Suggestion(NamedTuple):
@@ -28,7 +29,7 @@ def suggest(topology: Topology, config: Config, planned: dict[str, Any], cores: 
         cores: of a node.
     """
     length, leaves = config.model.context_length, topology.n_leaves
-    fewest, most = -(-FEWEST_TOKENS // length), max(1, AUTOMATIC_MICRO_BATCH_TOKENS // length)
+    fewest, most = -(-FEWEST_TOKENS // length), max(1, MOST_TOKENS // length)
     each = min(max(round(config.train.batch_size / leaves), fewest), max(most, fewest))
     batch = each * leaves
     crowded = max(sum(node == other for other in topology.nodes) for node in range(topology.n_nodes))

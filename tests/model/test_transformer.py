@@ -451,7 +451,7 @@ def test_flops_are_those_of_the_products():
 @pytest.mark.parametrize("context_length", [1, 64, 256, 100_000])
 def test_the_automatic_micro_batch(context_length):
     config = make_config(context_length=context_length)
-    assert micro_batch_sequences(config) == max(1, 2048 // context_length)
+    assert micro_batch_sequences(config) == max(1, 512 // context_length)
     assert micro_batch_sequences(config, 3) == 3
 
 

@@ -8,6 +8,7 @@ import pytest
 from hiermpi.cli import main
 from hiermpi.config.schema import Config, HierarchyConfig, ModelConfig, OptimizerConfig, TrainConfig
 from hiermpi.hierarchy.topology import Topology
+from hiermpi.model.workspace import micro_batch_sequences
 from hiermpi.planning.cost import Line, Machine, fewest_tokens, forecast, machine_from_json, predict, token_work
 
 MODEL = ModelConfig(vocab_size=256)
@@ -43,7 +44,7 @@ def step(ranks, batch=48, per_node=0, machine=MACHINE, **changes):
 
 def test_one_rank_computes_everything():
     found = step(1)
-    assert found.compute == pytest.approx(48 / 8 * 1e-3 + 48 * 256 * 1e-4 + 48e-5)
+    assert found.compute == pytest.approx(48 / micro_batch_sequences(MODEL) * 1e-3 + 48 * 256 * 1e-4 + 48e-5)
     assert (found.reduce, found.other) == (0.0, 0.0)
     assert found.step_seconds == pytest.approx(found.compute + found.optimize)
 
@@ -52,6 +53,13 @@ def test_two_cores_are_worth_two_and_no_more():
     assert 1.8 < step(1).step_seconds / step(2).step_seconds <= 2.0
     assert step(13).step_seconds > step(2).step_seconds
     assert step(64).step_seconds > step(13).step_seconds
+
+
+def test_turns_end_when_the_last_one_does():
+    equal, unequal = step(13, batch=26).compute, step(13, batch=24).compute
+    sequence, call, batch = 256 * MACHINE.token_seconds, MACHINE.call_seconds, MACHINE.batch_seconds
+    assert equal == pytest.approx(7 * (2 * sequence + call) + 26 * batch / 2)  # seven on one core, six on the other
+    assert unequal == pytest.approx(12 * sequence + 7 * call + 24 * batch / 2)  # two of one sequence end together
 
 
 def test_with_a_core_for_each_rank_the_slowest_counts():
