@@ -17,9 +17,9 @@ from hiermpi.communication.waiting import Waiter
 from hiermpi.config.schema import Config
 from hiermpi.model.contract import Batch
 from hiermpi.model.kernels import load_kernels
-from hiermpi.model.transformer import Transformer
+from hiermpi.model.transformer import Transformer, flops_per_token
 from hiermpi.model.workspace import micro_batch_sequences
-from hiermpi.planning.cost import Line, Machine, predict, token_work
+from hiermpi.planning.cost import Line, Machine, leaf_seconds, predict
 from hiermpi.training.batches import BatchSource
 from hiermpi.training.trainer import Trainer
 
@@ -48,7 +48,7 @@ def measure_machine(config: Config, world: MPI.Comm, rows: list[dict[str, Any]])
         date=datetime.datetime.now(tz=datetime.UTC).date().isoformat(),
         cores=cores,
         ranks=world.size,
-        token_work=token_work(config.model),
+        token_flops=flops_per_token(config.model),
         token_seconds=token,
         call_seconds=call,
         sum_rate=sum_rate(rows, world.size),
@@ -151,6 +151,11 @@ def readings(machine: Machine, config: Config, trainer: Trainer, seconds: list[f
     if owned and ranks <= machine.cores:
         worked = phases.seconds["optimize"] - phases.waits["optimize"]
         known["optimize_seconds"] = worked / steps / owned
+    if ranks <= machine.cores and trainer.sequences:
+        # Steps are longer than what was timed alone, and are what is to be predicted: they say how much it is.
+        expected = leaf_seconds(machine, config, config.model, trainer.sequences / steps)
+        scale = phases.cpu["compute"] / steps / expected
+        known |= {name: scale * getattr(machine, name) for name in ("token_seconds", "call_seconds")}
     if ranks == machine.ranks:
         known["root_seconds"] = fixed + sum(phases.cpu[name] for name in COORDINATING) / steps
     predicted = predict(dataclasses.replace(machine, **known), topology, config, config.model)

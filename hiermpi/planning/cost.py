@@ -24,9 +24,6 @@ from hiermpi.planning.owners import owned_elements, planned_ownership
 
 MOST_SEQUENCES = 4096
 """Per leaf, up to which thresholds are looked for."""
-ATTENTION = 1.2
-"""What an operation of attention takes, to one of a large matrix product: its products are small, and it exponentiates.
-Fitted over contexts of 64 to 512 and widths of 64 to 768 on an Intel Xeon with AVX-512, to within 16 %."""
 UTILISATION = 0.95
 ROOT_TO_WORKER = 40.0
 
@@ -49,8 +46,8 @@ class Machine:
     """Usable ones of a node."""
     ranks: int
     """With which it was measured."""
-    token_work: float
-    """Of a token of the model that was measured, see :func:`token_work`."""
+    token_flops: float
+    """Of a token of the model that was measured, see :func:`hiermpi.model.transformer.flops_per_token`."""
     token_seconds: float
     """Of computing a token of it on one core, all cores being busy."""
     call_seconds: float
@@ -130,19 +127,19 @@ def predict(machine: Machine, topology: Topology, config: Config, model: ModelCo
     ranks, computing = max(map(len, nodes)), max(topology.leaves_of_node)
     crowded = ranks > cores
     busy = min(leaves, batch)
-    alone = _leaf_seconds(machine, config, model, batch / busy)
+    alone = leaf_seconds(machine, config, model, batch / busy)
     preparing = batch * machine.batch_seconds
     overhead = machine.overhead_seconds if topology.size > 1 else 0.0
     if crowded:
         each, more = divmod(batch, leaves)
         here = round(more * computing / leaves)
         shares = [each + 1] * here + [each] * (computing - here)
-        taken = [_leaf_seconds(machine, config, model, share) for share in shares]
+        taken = [leaf_seconds(machine, config, model, share) for share in shares]
         in_turns = at_once(computing, cores) == cores
         compute = (_in_turns(taken, cores) if in_turns else sum(taken) / cores) + preparing / cores
         overhead += machine.crowded_overhead_seconds * ranks / cores
     else:
-        slowest = _leaf_seconds(machine, config, model, ceil(batch / leaves))
+        slowest = leaf_seconds(machine, config, model, ceil(batch / leaves))
         compute = slowest + preparing if topology.is_leaf(0) else max(slowest, preparing)
     reduce = _sum_seconds(machine, topology, config, 4 * layout.size, ranks, computing)
     share = _largest_share(topology, config, model, layout)
@@ -171,20 +168,14 @@ def _in_turns(seconds: list[float], cores: int) -> float:
     return max(ends)
 
 
-def _leaf_seconds(machine: Machine, config: Config, model: ModelConfig, sequences: float) -> float:
+def leaf_seconds(machine: Machine, config: Config, model: ModelConfig, sequences: float) -> float:
     """Seconds that a core computes on ``sequences``."""
     together = micro_batch_sequences(model, config.train.micro_batch_size)
     if config.hierarchy.reproducible:
         together = unit_sequences(config)
     calls = max(1.0, sequences / together) if sequences else 0.0
-    work = token_work(model) / machine.token_work
-    return calls * machine.call_seconds + sequences * model.context_length * machine.token_seconds * work
-
-
-def token_work(model: ModelConfig) -> float:
-    """Floating-point operations of a token, those of attention counted :data:`ATTENTION` times."""
-    attention = 12.0 * model.n_layer * model.n_embd * model.context_length
-    return flops_per_token(model) + (ATTENTION - 1.0) * attention
+    seconds = machine.token_seconds * flops_per_token(model) / machine.token_flops
+    return calls * machine.call_seconds + sequences * model.context_length * seconds
 
 
 def _sum_seconds(

@@ -8,8 +8,9 @@ import pytest
 from hiermpi.cli import main
 from hiermpi.config.schema import Config, HierarchyConfig, ModelConfig, OptimizerConfig, TrainConfig
 from hiermpi.hierarchy.topology import Topology
+from hiermpi.model.transformer import flops_per_token
 from hiermpi.model.workspace import micro_batch_sequences
-from hiermpi.planning.cost import Line, Machine, fewest_tokens, forecast, machine_from_json, predict, token_work
+from hiermpi.planning.cost import Line, Machine, fewest_tokens, forecast, machine_from_json, predict
 
 MODEL = ModelConfig(vocab_size=256)
 MACHINE = Machine(
@@ -17,7 +18,7 @@ MACHINE = Machine(
     date="2026-01-01",
     cores=2,
     ranks=13,
-    token_work=token_work(MODEL),
+    token_flops=flops_per_token(MODEL),
     token_seconds=1e-4,
     call_seconds=1e-3,
     sum_rate=2e10,
