@@ -157,7 +157,7 @@ def make_turns(comms: Communicators, model: Shareable, threads: int = 1) -> Turn
     leaves = topology.leaves_of_node[topology.nodes[comms.rank]]
     cores, free = node_cores(comms)
     ranks = at_once(leaves, max(1, len(cores) // threads))
-    chosen = cores if free and ranks == len(cores) else []
+    chosen = cores if free and ranks == len(cores) and threads == 1 else []
     turns, error = Turns(), None
     if ranks < leaves and shared_memory_usable() and node_library() is not None:
         elements = model.workspace_elements()
