@@ -17,6 +17,9 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
+from hiermpi.hierarchy.loops import compiled_loops
+from hiermpi.native import at
+
 
 class Lattice:
     """The neighbours in a class-major table.
@@ -36,6 +39,8 @@ class Lattice:
             place = np.arange(size)
             neighbours = shell[:size] - 1 + ((place ^ 1) < size)
             self._factors.append((neighbours + 1.0)[:, None])
+        self._bounds = np.array(self.bounds, np.int64)
+        self._factors32 = [factor.astype(np.float32) for factor in self._factors]
 
     def add_gradient(
         self,
@@ -48,18 +53,25 @@ class Lattice:
 
         Returns (S,) the share of each of these classes in the loss, for the (V, C) ``table``.
         """
-        shells = np.zeros((self.deepest, table.shape[1]), table.dtype)
+        losses = np.zeros(len(self._factors))
+        chosen = range(len(self._factors)) if classes is None else classes
+        loops, width = compiled_loops(), table.shape[1]
+        if loops is not None and all(a.dtype == np.float32 and a.flags.c_contiguous for a in (out, table)):
+            for index in chosen:
+                arrays = (out, table, self._bounds, self._factors32[index])
+                share = loops.pull_together(*map(at, arrays), len(losses), index, width, coupling)
+                losses[index] = coupling * share
+            return losses
+        shells = np.zeros((self.deepest, width), table.dtype)
         for start, stop in pairwise(self.bounds):
             shells[: stop - start] += table[start:stop]
-        losses = np.zeros(len(self._factors))
-        for index, (factor, (start, stop)) in enumerate(zip(self._factors, pairwise(self.bounds), strict=True)):
-            if classes is not None and index not in classes:
-                continue
+        for index in chosen:
+            start, stop = self.bounds[index : index + 2]
             rows = table[start:stop]
-            pull = rows * factor.astype(table.dtype)
+            pull = rows * self._factors[index].astype(table.dtype)
             pull -= shells[: stop - start]
             even = (stop - start) & ~1  # places 2i and 2i + 1 are partners; a last odd one has none
-            pairs, pulled = rows[:even].reshape(-1, 2, rows.shape[1]), pull[:even].reshape(-1, 2, rows.shape[1])
+            pairs, pulled = rows[:even].reshape(-1, 2, width), pull[:even].reshape(-1, 2, width)
             pulled -= pairs[:, ::-1]
             losses[index] = 0.5 * coupling * float(np.vdot(rows, pull))
             pull *= table.dtype.type(coupling)

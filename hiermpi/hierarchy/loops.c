@@ -1,4 +1,4 @@
-/* The loops of routing and of reading a batch. balance is the inner loop of transport.py, step for step: it chooses the
+/* The loops of routing, of reading a batch and of the lattice. balance is the inner loop of transport.py, step for step: it chooses the
  * same moves, ties included. */
 
 #include <stdint.h>
@@ -278,3 +278,34 @@ void count_groups(int32_t *counts, const int32_t *tokens, const uint8_t *group_o
 
 READ_ROWS(read_rows16, uint16_t)
 READ_ROWS(read_rows32, uint32_t)
+
+#define PART 64 /* columns in work at once */
+
+/* The lattice's gradient of the rows of one class, added to out (V, width), and its share of the loss over `coupling`: as
+ * Lattice.add_gradient has it. The class's own rows, like those of the others, are bounds[class] to bounds[class + 1]. */
+double pull_together(float *out, const float *table, const int64_t *bounds, const float *factors, long classes,
+                     long class, long width, float coupling) {
+    const long first = bounds[class], size = bounds[class + 1] - first;
+    double loss = 0.0;
+    for (long place = 0; place < size; place++) {
+        const long partner = (place ^ 1) < size ? first + (place ^ 1) : -1;
+        for (long left = 0; left < width; left += PART) {
+            const long n = width - left < PART ? width - left : PART;
+            const float *row = table + (first + place) * width + left;
+            float shell[PART] = {0}, *to = out + (first + place) * width + left;
+            double share = 0.0;
+            for (long other = 0; other < classes; other++) {
+                if (bounds[other] + place >= bounds[other + 1]) continue;
+                const float *from = table + (bounds[other] + place) * width + left;
+                for (long k = 0; k < n; k++) shell[k] += from[k];
+            }
+            for (long k = 0; k < n; k++) shell[k] = row[k] * factors[place] - shell[k];
+            if (partner >= 0)
+                for (long k = 0; k < n; k++) shell[k] -= table[partner * width + left + k];
+            for (long k = 0; k < n; k++) share += (double)row[k] * shell[k];
+            for (long k = 0; k < n; k++) to[k] += coupling * shell[k];
+            loss += share;
+        }
+    }
+    return 0.5 * loss;
+}

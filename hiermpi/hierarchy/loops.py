@@ -18,6 +18,8 @@ def compiled_loops() -> ctypes.CDLL | None:
     library.deal.argtypes = [*[address] * 8, *[number] * 3]
     library.count_groups.argtypes = [*[address] * 3, *[number] * 4]
     library.read_rows16.argtypes = library.read_rows32.argtypes = [*[address] * 7, *[number] * 3]
+    library.pull_together.argtypes = [*[address] * 4, *[number] * 3, ctypes.c_float]
+    library.pull_together.restype = ctypes.c_double
     for name in ("deal", "count_groups", "read_rows16", "read_rows32"):
         getattr(library, name).restype = None
     return library

@@ -139,10 +139,12 @@ class ParameterBuffer(ParameterLayout):
 
     def views(self, vector: NDArray) -> dict[str, NDArray]:
         """Named views into another vector of this layout (gradients, moments)."""
-        return {
-            spec.name: vector[self.offsets[spec.name] : self.offsets[spec.name] + spec.size].reshape(spec.shape)
-            for spec in self.specs
-        }
+        return {spec.name: self.view(vector, spec) for spec in self.specs}
+
+    def view(self, vector: NDArray, spec: TensorSpec) -> NDArray:
+        """One of :meth:`views`."""
+        offset = self.offsets[spec.name]
+        return vector[offset : offset + spec.size].reshape(spec.shape)
 
     def __getitem__(self, name: str) -> NDArray:
         return self.tensors[name]

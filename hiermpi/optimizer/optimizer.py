@@ -79,7 +79,7 @@ class Optimizer:
         self.elements = sum(stop - start for start, stop, _ in self.spans)
         """Elements of the vector that are owned."""
         self._lattice = Lattice(class_bounds) if coupling and class_bounds is not None else None
-        self._table = next((spec.name for spec in parameters.specs if spec.symmetry_rows), None)
+        self._table = next((spec for spec in parameters.specs if spec.symmetry_rows), None)
         self._own = ownership.blocks_of(owner)
         self._bounds = np.stack([ownership.bounds[self._own], ownership.bounds[self._own + 1]], axis=1)
         self._classes = {int(index) for index in ownership.classes[self._own] if index >= 0}
@@ -104,7 +104,7 @@ class Optimizer:
         findings = self._findings
         findings[:] = 0.0
         if self._lattice is not None and self._table is not None and n_tokens:
-            out, table = self.parameters.views(gradients)[self._table], self.parameters[self._table]
+            out, table = (self.parameters.view(vector, self._table) for vector in (gradients, self.parameters.vector))
             losses = self._lattice.add_gradient(out, table, self.coupling * n_tokens, self._classes)
             for index, block in self._first_of_class.items():
                 findings[1, block] = losses[index] / n_tokens

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from hiermpi.hierarchy import lattice as lattice_module
 from hiermpi.hierarchy.lattice import Lattice
 from hiermpi.hierarchy.symmetry import SymmetryTable
 
@@ -62,6 +63,21 @@ def test_finite_differences():
             moved[index] += step
             slopes.append(lattice.add_gradient(np.zeros_like(rows), moved, 0.3).sum())
         assert gradient[index] == pytest.approx((slopes[0] - slopes[1]) / 2e-5, abs=1e-7)
+
+
+@pytest.mark.skipif(lattice_module.compiled_loops() is None, reason="loops.c was not built")
+@pytest.mark.parametrize("width", [1, 63, 64, 200])
+@pytest.mark.parametrize(("groups", "order"), TABLES)
+def test_the_compiled_form_does_the_same(groups, order, width, monkeypatch):
+    lattice = Lattice(SymmetryTable(groups.astype(np.uint8), order).class_bounds)
+    random = np.random.default_rng(width)
+    rows = random.standard_normal((len(groups), width)).astype(np.float32)
+    compiled = random.standard_normal(rows.shape).astype(np.float32)
+    numpy = compiled.copy()
+    losses = lattice.add_gradient(compiled, rows, 0.3)
+    monkeypatch.setattr(lattice_module, "compiled_loops", lambda: None)
+    np.testing.assert_allclose(losses, lattice.add_gradient(numpy, rows, 0.3), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(compiled, numpy, rtol=1e-6, atol=1e-5)
 
 
 def test_nobody_has_more_than_twelve_neighbours_and_all_agree():
