@@ -33,6 +33,11 @@ def at(array: NDArray[Any]) -> int:
     return array.__array_interface__["data"][0]
 
 
+def plain_float32(*arrays: NDArray[Any]) -> bool:
+    """Whether compiled loops can work on these arrays: float32, C-contiguous."""
+    return all(array.dtype == np.float32 and array.flags.c_contiguous for array in arrays)
+
+
 def data_field() -> int:
     """Where an array object keeps its address, which reads six times faster there than by asking the array; else 0.
 

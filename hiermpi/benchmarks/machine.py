@@ -148,10 +148,11 @@ def readings(machine: Machine, config: Config, trainer: Trainer, seconds: list[f
     fixed, each = batch_seconds(trainer.source)
     owned = trainer.optimizer.elements
     known: dict[str, Any] = {"batch_seconds": each}
-    if owned and ranks <= machine.cores:
+    alone = ranks <= machine.cores
+    if owned and alone:
         worked = phases.seconds["optimize"] - phases.waits["optimize"]
         known["optimize_seconds"] = worked / steps / owned
-    if ranks <= machine.cores and trainer.sequences:
+    if trainer.sequences and alone:
         # Steps are longer than what was timed alone, and are what is to be predicted: they say how much it is.
         expected = leaf_seconds(machine, config, config.model, trainer.sequences / steps)
         scale = phases.cpu["compute"] / steps / expected
@@ -160,7 +161,7 @@ def readings(machine: Machine, config: Config, trainer: Trainer, seconds: list[f
         known["root_seconds"] = fixed + sum(phases.cpu[name] for name in COORDINATING) / steps
     predicted = predict(dataclasses.replace(machine, **known), topology, config, config.model)
     rest = max(statistics.median(seconds) - predicted.step_seconds, 0.0)
-    if ranks > machine.cores:
+    if not alone:
         known["crowded_overhead_seconds"] = rest * machine.cores / ranks
     elif ranks > 1:
         known["overhead_seconds"] = rest

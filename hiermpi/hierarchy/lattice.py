@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hiermpi.hierarchy.loops import compiled_loops
-from hiermpi.native import at
+from hiermpi.native import at, plain_float32
 
 
 class Lattice:
@@ -29,18 +29,16 @@ class Lattice:
     """
 
     def __init__(self, class_bounds: NDArray[np.int64]) -> None:
-        self.bounds = [int(bound) for bound in class_bounds]
+        self.bounds = np.ascontiguousarray(class_bounds, np.int64)
         sizes = np.diff(class_bounds)
         self.deepest = int(sizes.max(initial=0))
         shell = (sizes[:, None] > np.arange(self.deepest)).sum(axis=0)  # (Q,) classes that have a place q
-        self._factors = []
+        self._factors: list[NDArray[np.float32]] = []
         """For each class (n, 1): k + 1."""
         for size in sizes:
             place = np.arange(size)
             neighbours = shell[:size] - 1 + ((place ^ 1) < size)
-            self._factors.append((neighbours + 1.0)[:, None])
-        self._bounds = np.array(self.bounds, np.int64)
-        self._factors32 = [factor.astype(np.float32) for factor in self._factors]
+            self._factors.append((neighbours + 1)[:, None].astype(np.float32))
 
     def add_gradient(
         self,
@@ -56,11 +54,12 @@ class Lattice:
         losses = np.zeros(len(self._factors))
         chosen = range(len(self._factors)) if classes is None else classes
         loops, width = compiled_loops(), table.shape[1]
-        if loops is not None and all(a.dtype == np.float32 and a.flags.c_contiguous for a in (out, table)):
+        if loops is not None and plain_float32(out, table):
             for index in chosen:
-                arrays = (out, table, self._bounds, self._factors32[index])
-                share = loops.pull_together(*map(at, arrays), len(losses), index, width, coupling)
-                losses[index] = coupling * share
+                arrays = (out, table, self.bounds, self._factors[index])
+                losses[index] = coupling * loops.pull_together(
+                    *map(at, arrays), len(losses), index, width, coupling
+                )
             return losses
         shells = np.zeros((self.deepest, width), table.dtype)
         for start, stop in pairwise(self.bounds):
@@ -68,7 +67,7 @@ class Lattice:
         for index in chosen:
             start, stop = self.bounds[index : index + 2]
             rows = table[start:stop]
-            pull = rows * self._factors[index].astype(table.dtype)
+            pull = rows * self._factors[index]
             pull -= shells[: stop - start]
             even = (stop - start) & ~1  # places 2i and 2i + 1 are partners; a last odd one has none
             pairs, pulled = rows[:even].reshape(-1, 2, width), pull[:even].reshape(-1, 2, width)

@@ -1,5 +1,5 @@
-/* The loops of routing, of reading a batch and of the lattice. balance is the inner loop of transport.py, step for step: it chooses the
- * same moves, ties included. */
+/* The loops of routing, of reading a batch and of the lattice. balance is the inner loop of transport.py, step for step:
+ * it chooses the same moves, ties included. */
 
 #include <stdint.h>
 #include <stdlib.h>

@@ -84,14 +84,14 @@ class Router:
 
     def route(self, tokens: NDArray[np.int32]) -> Routing:
         """Route the (B, T) token ids of one batch; entries below 0 are padding."""
-        if self.topology.size > 1:
-            return self.route_counts(self.counts(tokens))
-        n, count = len(tokens), int((tokens >= 0).sum())
-        return Routing(np.zeros(n, np.int64), np.zeros(n, np.int64), count, count)
+        return self.route_counts(self.counts(tokens))
 
     def route_counts(self, counts: NDArray[np.int32]) -> Routing:
-        """Route sequences by their (B, bins) :meth:`counts`, on two ranks or more."""
+        """Route sequences by their (B, bins) :meth:`counts`."""
         n, unit = len(counts), self.unit_size
+        if self.topology.size == 1:
+            total = int(counts.sum())
+            return Routing(np.zeros(n, np.int64), np.zeros(n, np.int64), total, total)
         unit_bin = self._bins(self._units(counts))
         loops = compiled_loops()
         if loops is not None:

@@ -59,16 +59,13 @@ def assign(
     if n == 0:
         return np.zeros(0, np.intp)
     capacity = np.minimum(capacity, n)
-    if prices is not None or n <= FEW:
-        first = np.zeros(len(capacity), np.int64) if prices is None else np.ascontiguousarray(prices, np.int64)
-        place, load, idle = np.empty(n, np.int64), *np.empty((2, len(capacity)), np.int64)
-        if _balance_compiled(affinity, capacity, place, load, idle, first) is not None:
-            return place
-    if prices is not None:
-        assignment = _Assignment(affinity, capacity, prices)
-        assignment.balance()
-        return assignment.place
-    return _solve(affinity, capacity).place
+    if prices is None and n > FEW:
+        return _solve(affinity, capacity).place
+    first = np.zeros(len(capacity), np.int64) if prices is None else np.ascontiguousarray(prices, np.int64)
+    place, load, idle = np.empty(n, np.int64), *np.empty((2, len(capacity)), np.int64)
+    if _balance_compiled(affinity, capacity, place, load, idle, first) is not None:
+        return place
+    return (_solve(affinity, capacity) if prices is None else _balanced(affinity, capacity, first)).place
 
 
 def clearing_prices(affinity: NDArray[np.integer], capacity: Integers) -> Integers:
@@ -109,6 +106,11 @@ def _solve(affinity: NDArray[np.integer], capacity: Integers) -> "_Assignment":
         share = np.diff(capacity.cumsum() * size // n, prepend=0)
         prices = _solve(affinity[sample], share).prices()
         _descend(affinity, capacity, prices)
+    return _balanced(affinity, capacity, prices)
+
+
+def _balanced(affinity: NDArray[np.integer], capacity: Integers, prices: Integers) -> "_Assignment":
+    """The best assignment, from these prices on."""
     assignment = _Assignment(affinity, capacity, prices)
     assignment.balance()
     return assignment

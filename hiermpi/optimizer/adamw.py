@@ -8,7 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hiermpi.model.kernels import Kernels, load_kernels
-from hiermpi.model.kernels.compiled import CompiledKernels, plain_float32
+from hiermpi.model.kernels.compiled import CompiledKernels
+from hiermpi.native import plain_float32
 
 Vector = NDArray[np.float32]
 

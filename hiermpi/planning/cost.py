@@ -133,8 +133,8 @@ def predict(machine: Machine, topology: Topology, config: Config, model: ModelCo
     if crowded:
         each, more = divmod(batch, leaves)
         here = round(more * computing / leaves)
-        shares = [each + 1] * here + [each] * (computing - here)
-        taken = [leaf_seconds(machine, config, model, share) for share in shares]
+        shorter, longer = (leaf_seconds(machine, config, model, share) for share in (each, each + 1))
+        taken = [longer] * here + [shorter] * (computing - here)
         in_turns = at_once(computing, cores) == cores
         compute = (_in_turns(taken, cores) if in_turns else sum(taken) / cores) + preparing / cores
         overhead += machine.crowded_overhead_seconds * ranks / cores

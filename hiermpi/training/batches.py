@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hiermpi.data.rows import RowReader, pack_rows, unpack_rows
-from hiermpi.data.sampling import Sampler, evaluation_windows
+from hiermpi.data.sampling import Draw, Sampler, evaluation_windows
 from hiermpi.hierarchy.routing import Router, Routing
 from hiermpi.model.contract import IGNORED_TARGET, Batch
 
@@ -70,9 +70,9 @@ class BatchSource:
         self.batch_size = batch_size
         self._ready: PreparedBatch | None = None
         kept = tokens.in_memory("train") if isinstance(tokens, KeptTokens) else None
-        self._reader, length = None, sampler.context_length + 1
-        if kept is not None and router.topology.size > 1:
-            self._reader = RowReader(kept, length, self.row_of_token, router.group_of_token, router.n_bins)
+        self._reader, self._length = None, sampler.context_length + 1
+        if kept is not None:
+            self._reader = RowReader(kept, self._length, self.row_of_token, router.group_of_token, router.n_bins)
         if router.learns:
             router.learn(self._first_counts())
 
@@ -86,30 +86,22 @@ class BatchSource:
         """Have the batch at ``cursor`` ready."""
         if self._ready is not None and self._ready.cursor == cursor:
             return
-        drawn = self.sampler.draw(cursor, self.batch_size)
-        if self._reader is not None:
-            rows, counts = self._reader.read(drawn)
-            routing = self.router.route_counts(counts)
-        else:
-            tokens = self.tokens.read("train", drawn.starts, self.sampler.context_length + 1)
-            routing = self.router.route(tokens[:, :-1])
-            rows = pack_rows(drawn.sequence_ids, self.row_of_token[tokens])
-        self._ready = PreparedBatch(cursor, cursor + len(rows), rows, routing)
+        rows, counts = self._read(self.sampler.draw(cursor, self.batch_size))
+        self._ready = PreparedBatch(cursor, cursor + len(rows), rows, self.router.route_counts(counts))
 
+    def _read(self, drawn: Draw) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+        """The rows of a batch, and the router's counts; see :meth:`RowReader.read`."""
+        if self._reader is not None:
+            return self._reader.read(drawn)
+        tokens = self.tokens.read("train", drawn.starts, self._length)
+        return pack_rows(drawn.sequence_ids, self.row_of_token[tokens]), self.router.counts(tokens[:, :-1])
 
     def _first_counts(self) -> NDArray[np.int32]:
         """The router's counts of sequences that are the same in every run on this data, resumed ones included."""
         unit = self.router.unit_size
         end, at_once = min(LEARNED_FROM * unit, self.sampler.n_sequences), max(self.batch_size // unit, 1) * unit
-        counts = []
-        for first in range(0, end, at_once):
-            drawn = self.sampler.draw(first, min(at_once, end - first))
-            if self._reader is not None:
-                counts.append(self._reader.read(drawn)[1])
-            else:
-                tokens = self.tokens.read("train", drawn.starts, self.sampler.context_length + 1)
-                counts.append(self.router.counts(tokens[:, :-1]))
-        return np.concatenate(counts)
+        drawn = (self.sampler.draw(first, min(at_once, end - first)) for first in range(0, end, at_once))
+        return np.concatenate([self._read(some)[1] for some in drawn])
 
 
 class EvaluationSource:

@@ -207,38 +207,40 @@ def test_capacities_that_do_not_suffice_are_refused():
         assign(np.zeros((5, 2), np.int64), np.array([1, 3]))
 
 
-@pytest.mark.skipif(BUILT is None, reason="loops.c was not built")
-@pytest.mark.parametrize("largest", [0, 1, 3, 20, 10**6])
-def test_the_compiled_form_begins_at_prices_as_numpy_does(largest, monkeypatch):
+def priced_cases(largest):
+    """Cases of up to 300 units, and prices that may fit or not."""
     generator = np.random.default_rng(largest)
     for n in (1, 2, 5, 17, 60, 300):
         for slack in (0, 2, 40):
             affinity, capacity = random_case(generator, n, largest, slack)
-            prices = generator.integers(0, largest + 2, len(capacity))
-            made = []
-            for built in (BUILT, None):
-                monkeypatch.setattr(transport, "compiled_loops", lambda built=built: built)
-                made.append(assign(affinity, capacity, prices))
-            np.testing.assert_array_equal(made[0], made[1])
+            yield affinity, capacity, generator.integers(0, largest + 2, len(capacity))
+
+
+def made_in_both_forms(monkeypatch, make):
+    """What ``make`` returns with loops.c, and without."""
+    made = []
+    for built in (BUILT, None):
+        monkeypatch.setattr(transport, "compiled_loops", lambda built=built: built)
+        made.append(make())
+    return made
+
+
+@pytest.mark.skipif(BUILT is None, reason="loops.c was not built")
+@pytest.mark.parametrize("largest", [0, 1, 3, 20, 10**6])
+def test_the_compiled_form_begins_at_prices_as_numpy_does(largest, monkeypatch):
+    for affinity, capacity, prices in priced_cases(largest):
+        compiled, numpy = made_in_both_forms(monkeypatch, lambda case=(affinity, capacity, prices): assign(*case))
+        np.testing.assert_array_equal(compiled, numpy)
 
 
 @pytest.mark.skipif(BUILT is None, reason="loops.c was not built")
 @pytest.mark.parametrize("largest", [0, 1, 3, 20, 10**6])
 def test_the_compiled_form_makes_the_same_moves(largest, monkeypatch):
-    generator = np.random.default_rng(largest)
-    for n in (1, 2, 5, 17, 60, 300):
-        for slack in (0, 2, 40):
-            affinity, capacity = random_case(generator, n, largest, slack)
-            capacity = np.minimum(capacity, n)
-            prices = generator.integers(0, largest + 2, len(capacity))
-            made = []
-            for built in (BUILT, None):
-                monkeypatch.setattr(transport, "compiled_loops", lambda built=built: built)
-                assignment = transport._Assignment(affinity, capacity, prices)
-                assignment.balance()
-                made.append(assignment)
-            for part in ("place", "load", "idle", "loss"):
-                np.testing.assert_array_equal(getattr(made[0], part), getattr(made[1], part))
+    for affinity, capacity, prices in priced_cases(largest):
+        case = affinity, np.minimum(capacity, len(affinity)), prices
+        compiled, numpy = made_in_both_forms(monkeypatch, lambda case=case: transport._balanced(*case))
+        for part in ("place", "load", "idle", "loss"):
+            np.testing.assert_array_equal(getattr(compiled, part), getattr(numpy, part))
 
 
 @pytest.mark.skipif(BUILT is None, reason="loops.c was not built")
@@ -248,12 +250,9 @@ def test_the_compiled_form_starts_from_no_prices(largest, monkeypatch):
     for n in (1, 5, 64, 65, 256):
         for slack in (0, 3, 50):
             affinity, capacity = random_case(generator, n, largest, slack)
-            chosen = []
-            for built in (BUILT, None):
-                monkeypatch.setattr(transport, "compiled_loops", lambda built=built: built)
-                assignment = transport._Assignment(affinity, np.minimum(capacity, n), np.zeros(len(capacity), np.int64))
-                assignment.balance()
-                chosen.append(assignment.place)
+            case = affinity, np.minimum(capacity, n), np.zeros(len(capacity), np.int64)
+            made = made_in_both_forms(monkeypatch, lambda case=case: transport._balanced(*case))
+            chosen = [assignment.place for assignment in made]
             monkeypatch.setattr(transport, "compiled_loops", lambda: BUILT)
             chosen.append(assign(affinity, capacity))
             chosen.append(assign(affinity.astype(np.int32), capacity))

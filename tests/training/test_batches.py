@@ -41,7 +41,6 @@ def make_source(kind, size=13, batch_size=30, unit_size=1, n_tokens=20_000, mode
 
 
 def batches(source, first, count):
-    made = [source.take(first + index * source.batch_size) for index in range(count)]
     made = (source.take(first + index * source.batch_size) for index in range(count))  # rows do not last
     return [(batch.rows.tolist(), batch.routing.leaf.tolist()) for batch in made]
 

@@ -247,8 +247,3 @@ def attention_scratch(length: int, head: int) -> int:
     """float32s that attention over ``length`` tokens packs a head of ``head`` channels into."""
     rows, width = padded(length), padded(head)
     return 8 * rows * width + 2 * rows * rows
-
-
-def plain_float32(*arrays: NDArray[Any]) -> bool:
-    """Whether the kernels can work on these arrays: float32, C-contiguous."""
-    return all(array.dtype == np.float32 and array.flags.c_contiguous for array in arrays)
