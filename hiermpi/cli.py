@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import NoReturn, TextIO
 
-from hiermpi import __version__, early
+from hiermpi import __version__, signals
 from hiermpi.errors import EXIT_ERROR, UsageError, UserError
 
 COMMANDS = (
@@ -167,8 +167,8 @@ def run_together(argv: Sequence[str]) -> NoReturn:
     """Run a command on all ranks; leave the process with its exit code."""
     from mpi4py import MPI
 
-    from hiermpi.communication.leaving import run_collectively
-    from hiermpi.communication.objects import agree, broadcast_object
+    from hiermpi.communication.agreement import agree, broadcast_object
+    from hiermpi.communication.shutdown import run_collectively
     from hiermpi.communication.waiting import Waiter
 
     set_up_logging(MPI.COMM_WORLD.rank)
@@ -197,7 +197,7 @@ def main(argv: Sequence[str]) -> int:
     set_up_logging(launched_rank())
     if needs_mpi(argv):
         if argv[0] == "train":
-            early.listen()
+            signals.listen()
         run_together(argv)
     return run_alone(argv)
 

@@ -1,6 +1,6 @@
 """What *assert* means on several ranks."""
 
-from hiermpi.communication.objects import broadcast_object, gather_objects
+from hiermpi.communication.agreement import broadcast_object, gather_objects
 from hiermpi.communication.waiting import Waiter
 
 

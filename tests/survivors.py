@@ -17,7 +17,7 @@ from mpi4py import MPI
 from hiermpi.cli import parse
 from hiermpi.communication.communicators import Communicators
 from hiermpi.communication.waiting import StallError
-from hiermpi.optimizer import optimizer as updating
+from hiermpi.optimizer import update as updating
 from hiermpi.training import opening
 from hiermpi.training.session import Session, open_everywhere
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hiermpi.model.kernels import LEVELS, find_library, load_kernels
+from hiermpi.kernels import LEVELS, find_library, load_kernels
 
 sys.path.insert(0, str(Path(__file__).parent))
 os.environ["OPENBLAS_NUM_THREADS"] = "1"

@@ -8,7 +8,10 @@ import pytest
 import hiermpi
 
 ROOT = Path(hiermpi.__file__).parent
-PURE = ("config", "data", "hierarchy", "model", "optimizer", "early", "errors", "native", "planning", "progress")
+PURE = (
+    *("config", "data", "hierarchy", "model", "optimizer", "errors", "files", "kernels", "planning", "progress"),
+    "signals",
+)
 ALLOWED = {
     **{part: set(PURE) for part in PURE},
     "communication": {"communication", *PURE},

@@ -7,8 +7,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hiermpi.benchmarks.measuring import interleaved, row
-from hiermpi.model.kernels import LEVELS, Kernels, find_library, load_kernels
-from hiermpi.model.kernels.reference import ReferenceKernels, padded
+from hiermpi.kernels import LEVELS, Kernels, find_library, load_kernels
+from hiermpi.kernels.layers import ReferenceKernels, padded
 from hiermpi.optimizer.adamw import adamw_update
 from hiermpi.optimizer.norm import block_sums
 

@@ -11,12 +11,12 @@ import numpy as np
 from mpi4py import MPI
 
 from hiermpi.benchmarks.step import make_trainer
+from hiermpi.communication.agreement import broadcast_object
 from hiermpi.communication.communicators import Communicators, usable_cores
-from hiermpi.communication.objects import broadcast_object
 from hiermpi.communication.waiting import Waiter
 from hiermpi.config.schema import Config
+from hiermpi.kernels import load_kernels
 from hiermpi.model.contract import Batch
-from hiermpi.model.kernels import load_kernels
 from hiermpi.model.transformer import Transformer, flops_per_token
 from hiermpi.model.workspace import micro_batch_sequences
 from hiermpi.planning.cost import Line, Machine, leaf_seconds, predict

@@ -10,9 +10,9 @@ from mpi4py import MPI
 from numpy.typing import NDArray
 
 from hiermpi.benchmarks.measuring import interleaved, row
-from hiermpi.communication.choosing import make_reduction
+from hiermpi.communication.agreement import broadcast_object
+from hiermpi.communication.autotune import make_reduction
 from hiermpi.communication.communicators import Communicators, usable_cores
-from hiermpi.communication.objects import broadcast_object
 from hiermpi.communication.reduction import Reduction, chunked
 from hiermpi.communication.shared_reduction import SharedReduction
 from hiermpi.hierarchy.ownership import owned_by_root

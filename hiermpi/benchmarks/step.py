@@ -18,25 +18,25 @@ from mpi4py import MPI
 from numpy.typing import NDArray
 
 from hiermpi.benchmarks.measuring import interleaved, row
-from hiermpi.communication.choosing import make_reduction
+from hiermpi.communication.agreement import broadcast_object
+from hiermpi.communication.autotune import make_reduction
 from hiermpi.communication.communicators import Communicators
-from hiermpi.communication.objects import broadcast_object
+from hiermpi.communication.compute_slots import make_turns
 from hiermpi.communication.scatter import make_scatter
-from hiermpi.communication.turns import make_turns
 from hiermpi.config.schema import Config
 from hiermpi.data.rows import ID_COLUMNS
 from hiermpi.data.sampling import Sampler
 from hiermpi.hierarchy.routing import Router
-from hiermpi.hierarchy.symmetry import symmetry_groups
-from hiermpi.model.kernels import Kernels, load_kernels
-from hiermpi.model.kernels.compiled import CompiledKernels
+from hiermpi.kernels import Kernels, load_kernels
+from hiermpi.kernels.compiled import CompiledKernels
+from hiermpi.model.symmetry import symmetry_groups
 from hiermpi.model.transformer import Transformer, flops_per_token
-from hiermpi.optimizer.fixed_point import routed_together, summed_type
 from hiermpi.optimizer.slots import slots_of
+from hiermpi.optimizer.sums import routed_together, summed_type
+from hiermpi.signals import StopRequests
 from hiermpi.training.batches import BatchSource
 from hiermpi.training.phases import Phases
 from hiermpi.training.placement import make_optimizer, optimizer_settings, ownership_of
-from hiermpi.training.stopping import StopRequests
 from hiermpi.training.trainer import Progress, Trainer
 
 CORPUS_TOKENS = 1 << 20

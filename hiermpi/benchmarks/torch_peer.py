@@ -12,8 +12,8 @@ import torch.distributed
 from torch import nn
 from torch.nn import functional
 
+from hiermpi.communication.agreement import broadcast_object, gather_objects
 from hiermpi.communication.communicators import Communicators
-from hiermpi.communication.objects import broadcast_object, gather_objects
 from hiermpi.config.schema import Config, ModelConfig
 
 

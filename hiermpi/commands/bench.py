@@ -61,7 +61,7 @@ def bench_reduce_and_machine(arguments: argparse.Namespace, world: "MPI.Comm") -
     """Measure the reductions; on one node, also what plan predicts from, and keep that. Collective over ``world``."""
     from hiermpi.benchmarks.machine import measure_machine
     from hiermpi.benchmarks.reduce import bench_reduce
-    from hiermpi.communication.objects import agree
+    from hiermpi.communication.agreement import agree
     from hiermpi.communication.waiting import Waiter
     from hiermpi.errors import UserError
 
@@ -72,7 +72,7 @@ def bench_reduce_and_machine(arguments: argparse.Namespace, world: "MPI.Comm") -
         return result
     machine, error = measure_machine(config, world, result["rows"]), None
     if world.rank == 0:
-        from hiermpi.storage.machine_file import default_path, keep_machine
+        from hiermpi.planning.machine_file import default_path, keep_machine
 
         path = arguments.machine or default_path()
         try:
@@ -89,7 +89,7 @@ def resolved_config(arguments: argparse.Namespace, world: "MPI.Comm") -> Any:
     """The configuration, read on rank 0 and the same on every rank. Collective over ``world``."""
     import dataclasses
 
-    from hiermpi.communication.objects import agree, broadcast_object
+    from hiermpi.communication.agreement import agree, broadcast_object
     from hiermpi.communication.waiting import Waiter
     from hiermpi.errors import UserError
 

@@ -21,9 +21,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Import, and tell what was made."""
+    from hiermpi.files import require_new
     from hiermpi.interchange.importing import as_checkpoint, read_model
     from hiermpi.storage.checkpoint import save_checkpoint
-    from hiermpi.storage.files import require_new
 
     require_new(arguments.out, arguments.force)
     model = read_model(arguments.source)

@@ -64,7 +64,7 @@ def numpy_facts() -> list[tuple[str, str]]:
     """Numpy and the BLAS under it."""
     import numpy as np
 
-    from hiermpi.model.kernels import load_kernels
+    from hiermpi.kernels import load_kernels
 
     blas = np.show_config(mode="dicts")["Build Dependencies"]["blas"]
     return [("numpy", np.__version__), ("BLAS", f"{blas['name']} {blas['version']}"), ("kernels", load_kernels().name)]

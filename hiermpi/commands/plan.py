@@ -44,9 +44,9 @@ def run(arguments: argparse.Namespace) -> int:
     from hiermpi.hierarchy.topology import Topology
     from hiermpi.planning.cost import forecast
     from hiermpi.planning.drawing import describe
+    from hiermpi.planning.machine_file import read_machine
     from hiermpi.planning.plan import plan
     from hiermpi.planning.suggesting import suggest
-    from hiermpi.storage.machine_file import read_machine
 
     config = load_config(arguments, os.environ)
     if arguments.ranks < 1 or arguments.ranks_per_node < 0 or arguments.cores_per_node < 0:

@@ -52,7 +52,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def run_together(arguments: argparse.Namespace, world: "MPI.Comm") -> int:
     """Prepare on rank 0, which has all ranks encode. Collective over ``world``."""
-    from hiermpi.communication.objects import agree
+    from hiermpi.communication.agreement import agree
     from hiermpi.communication.waiting import Waiter
     from hiermpi.preparation.encoding import TeamEncoder
     from hiermpi.preparation.preparing import prepare

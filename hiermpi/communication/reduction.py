@@ -19,10 +19,10 @@ from mpi4py import MPI
 from numpy.typing import DTypeLike, NDArray
 
 from hiermpi.communication.communicators import Communicators
-from hiermpi.communication.summing import spread_pieces, sum_pieces
+from hiermpi.communication.tree_messages import spread_pieces, sum_pieces
 from hiermpi.communication.waiting import InFlight, Waiter
 from hiermpi.hierarchy.ownership import Ownership, Span
-from hiermpi.model.parameters import aligned_zeros, lazy_zeros
+from hiermpi.kernels.memory import aligned_zeros, lazy_zeros
 from hiermpi.optimizer.adamw import Moments
 
 CHUNK_BYTES = 1 << 19

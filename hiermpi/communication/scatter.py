@@ -7,9 +7,9 @@ from mpi4py import MPI
 from numpy.typing import NDArray
 
 from hiermpi.communication.communicators import Communicators
-from hiermpi.communication.shared_memory import Gate, NodeMemory, laid_out
+from hiermpi.communication.shared_memory import Gate, NodeMemory
 from hiermpi.hierarchy.topology import Role, Topology
-from hiermpi.native import at
+from hiermpi.kernels.memory import address_of, offsets_of
 
 
 def delivery_order(topology: Topology) -> NDArray[np.int64]:
@@ -58,7 +58,7 @@ class SharedScatter:
         self.width = width
         size = comms.node.size
         pieces = [Gate.nbytes(1), *[Gate.nbytes(size)] * 2, *[8 * (size + 1)] * 2, *[4 * capacity * width] * 2]
-        *offsets, end = laid_out(*pieces)
+        *offsets, end = offsets_of(*pieces)
         memory = NodeMemory(comms.node, end, comms.waiter)
         self._ready = Gate(memory, offsets[0], [0], comms.waiter)
         self._taken = [Gate(memory, offset, range(size), comms.waiter) for offset in offsets[1:3]]
@@ -98,7 +98,7 @@ class SharedScatter:
         if library is not None and n <= self.capacity:
             rows, leaf = np.ascontiguousarray(rows, np.int32), np.ascontiguousarray(leaf, np.int64)
             arrays = (room, bounds, rows, leaf, self._next)
-            library.deal_rows(*(at(array) for array in arrays), n, 4 * self.width, size)
+            library.deal_rows(*(address_of(array) for array in arrays), n, 4 * self.width, size)
             return
         bounds[0] = 0
         np.cumsum(np.bincount(leaf, minlength=size), out=bounds[1:])

@@ -11,20 +11,20 @@ import os
 import platform
 from collections.abc import Sequence
 from functools import cache
-from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
 from mpi4py import MPI
 from numpy.typing import DTypeLike, NDArray
 
-from hiermpi.communication.objects import agree, broadcast_object
+import hiermpi.kernels
+from hiermpi.communication.agreement import agree, broadcast_object
 from hiermpi.communication.waiting import Waiter
 from hiermpi.errors import UserError
-from hiermpi.model.parameters import ALIGNMENT, whole_lines
-from hiermpi.native import at, built_library
+from hiermpi.kernels.memory import ALIGNMENT, address_of, built_library
 
 LINE = ALIGNMENT
+KERNELS = Path(hiermpi.kernels.__file__).parent
 MAILBOX_DOUBLES = 16
 LONGEST_KERNEL_SLEEP_NS = 1_000_000_000
 """Where the kernel wakes the rank: bounded, so that stalls are seen. Signals end the sleep."""
@@ -33,11 +33,6 @@ GATE_SPIN_NS = 300_000
 there was shorter. 13 ranks on two cores sum and hand down 10,000 floats in 0.10 ms so, in 0.15 with 50 us."""
 ORDERED_STORES = ("x86_64", "AMD64", "i686")
 """Processors on which other cores see a core's stores in their order: gates that poll rely on it."""
-
-
-def laid_out(*nbytes: int) -> list[int]:
-    """Offsets of pieces of so many bytes one after the other in whole cache lines, and where the last one ends."""
-    return [0, *accumulate(map(whole_lines, nbytes))]
 
 
 class NodeMemory:
@@ -126,7 +121,7 @@ class Gate:
         self.library = memory.library
         self.waiter = waiter
         self.joins = memory.rank in members
-        self.state = GateState(at(lines), len(members), 0, self.joins, GATE_SPIN_NS, LONGEST_KERNEL_SLEEP_NS, 0)
+        self.state = GateState(address_of(lines), len(members), 0, self.joins, GATE_SPIN_NS, LONGEST_KERNEL_SLEEP_NS, 0)
         self.at = ctypes.addressof(self.state)
         """Where node.c finds the gate."""
         self._arrivals = lines[:, 0]
@@ -178,9 +173,9 @@ class Mailboxes:
         self._rank, self._size, self._library = memory.rank, memory.size, memory.library
         self._gate, self._waiter = gate, gate.waiter
         self._at = gate.at, gate.waiter.slept_at
-        self._first = [at(boxes) for boxes in self._boxes]
-        self._own = [at(boxes[memory.rank]) for boxes in self._boxes]
-        self._told = [at(boxes[teller]) for boxes in self._boxes]
+        self._first = [address_of(boxes) for boxes in self._boxes]
+        self._own = [address_of(boxes[memory.rank]) for boxes in self._boxes]
+        self._told = [address_of(boxes[teller]) for boxes in self._boxes]
         self._teller = teller
         self._turn = 0
 
@@ -197,7 +192,7 @@ class Mailboxes:
             self._boxes[turn, self._rank, : len(values)] = values
             self._gate.arrive()
         else:
-            self._waiter.wait_asleep(self._library.offer, *self._at, self._own[turn], at(values), len(values))
+            self._waiter.wait_asleep(self._library.offer, *self._at, self._own[turn], address_of(values), len(values))
 
     def sum(self, values: NDArray[np.float64]) -> None:
         """When all have arrived, take the sum of the numbers of all ranks, added in their order."""
@@ -205,7 +200,7 @@ class Mailboxes:
             self._gate.wait()
             values[:] = self._boxes[self._turn, :, : len(values)].sum(axis=0)
         else:
-            arguments = (at(values), self._first[self._turn], self._size, len(values), MAILBOX_DOUBLES)
+            arguments = (address_of(values), self._first[self._turn], self._size, len(values), MAILBOX_DOUBLES)
             self._waiter.wait_asleep(self._library.collect, *self._at, *arguments)
 
     def tell(self, values: NDArray[np.float64]) -> None:
@@ -218,14 +213,14 @@ class Mailboxes:
                 self._boxes[turn, teller, :n] = values
             self._gate.meet()
             values[:] = self._boxes[turn, teller, :n]
-        elif not library.tell(*self._at, at(values), self._told[turn], n, mine):
-            self._waiter.wait_asleep(library.take, *self._at, at(values), self._told[turn], n)
+        elif not library.tell(*self._at, address_of(values), self._told[turn], n, mine):
+            self._waiter.wait_asleep(library.take, *self._at, address_of(values), self._told[turn], n)
 
 
 @cache
 def node_library() -> ctypes.CDLL | None:
     """What node.c was compiled to; None where it was not, or cannot be used."""
-    library = built_library(Path(__file__).parent, "_node")
+    library = built_library(KERNELS, "_gates")
     if library is None or not library.usable():
         return None
     address, number = (ctypes.c_void_p,), (ctypes.c_long,)

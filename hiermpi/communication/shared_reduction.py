@@ -16,10 +16,10 @@ from numpy.typing import DTypeLike, NDArray
 
 from hiermpi.communication.communicators import Communicators
 from hiermpi.communication.reduction import broadcast_spans, exchange_on_control, private_moments, reduce_spans
-from hiermpi.communication.shared_memory import Gate, Mailboxes, NodeMemory, laid_out
+from hiermpi.communication.shared_memory import Gate, Mailboxes, NodeMemory
 from hiermpi.hierarchy.ownership import Ownership, Span, lanes, owners_here, spans_of, summing
-from hiermpi.model.kernels import load_kernels
-from hiermpi.model.parameters import lazy_zeros, whole_lines
+from hiermpi.kernels import load_kernels
+from hiermpi.kernels.memory import lazy_zeros, offsets_of, round_up
 from hiermpi.optimizer.adamw import Moments
 
 EXCHANGED_ROWS = 2
@@ -54,7 +54,7 @@ class SharedReduction:
         self._leaders = comms.world.Split(node.rank if carries else MPI.UNDEFINED, topology.nodes[comms.rank])
         self._lane = parts[node.rank] if carries else []
         """What this rank carries between the nodes."""
-        place, stride, width = topology.nodes[comms.rank], whole_lines(4 * size) // 4, np.dtype(dtype).itemsize
+        place, stride, width = topology.nodes[comms.rank], round_up(4 * size) // 4, np.dtype(dtype).itemsize
         owned_by = owners_here(ownership, topology, place)
         summed_by = summing(ownership, topology, place, width, os.cpu_count() or 1)
         leaves = [rank for rank in topology.ranks_of_node[place] if topology.is_leaf(rank)]
@@ -72,7 +72,7 @@ class SharedReduction:
         gates = [members, members, summers, owners]
         pieces = [*(Gate.nbytes(len(some)) for some in gates), *[Mailboxes.nbytes(node.size)] * 2]
         pieces += [8 * EXCHANGED_ROWS * n_blocks, 4 * stride * slots, width * stride, width * stride * n_buffers]
-        *offsets, end = laid_out(*pieces)
+        *offsets, end = offsets_of(*pieces)
         memory = NodeMemory(node, end, comms.waiter)
         made = [Gate(memory, offset, some, comms.waiter) for offset, some in zip(offsets, gates, strict=False)]
         self._all, self._computed, self._summed, self._owners = made
@@ -177,7 +177,7 @@ def node_moments(comms: Communicators, size: int, slots: int, owned: Sequence[Sp
         slots: how many.
         owned: what the owners on this node have of it: memory is taken for that alone.
     """
-    stride = whole_lines(4 * size)
+    stride = round_up(4 * size)
     firsts = [stride * row for row in range(2 * slots)]
     used = [(first + 4 * start, first + 4 * stop) for first in firsts for start, stop, _ in owned]
     memory = NodeMemory(comms.node, 2 * slots * stride, comms.waiter, used)

@@ -7,7 +7,7 @@ import numpy as np
 from mpi4py import MPI
 from numpy.typing import NDArray
 
-from hiermpi.communication.objects import broadcast_object
+from hiermpi.communication.agreement import broadcast_object
 from hiermpi.communication.waiting import Waiter
 
 

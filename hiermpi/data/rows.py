@@ -7,8 +7,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hiermpi.data.sampling import Draw
-from hiermpi.hierarchy.loops import compiled_loops
-from hiermpi.native import at
+from hiermpi.kernels.loops import compiled_loops
+from hiermpi.kernels.memory import address_of
 
 ID_COLUMNS = 2
 MOST_BINS = 256
@@ -70,7 +70,7 @@ class RowReader:
         rows, counts = self._room(n), np.empty((n, self.n_bins), np.int32)
         arrays = (rows, counts, self.tokens, drawn.sequence_ids, drawn.starts, self.row_of_token, self.group_of_token)
         read = loops.read_rows16 if self.tokens.dtype == np.uint16 else loops.read_rows32
-        read(*map(at, arrays), n, length, self.n_bins)
+        read(*map(address_of, arrays), n, length, self.n_bins)
         return rows, counts
 
     def _room(self, n: int) -> NDArray[np.int32]:

@@ -8,7 +8,7 @@ is symmetric. The coupling adds
     loss(E) = coupling / 4 * sum over t of sum over neighbours n of t of |E_t - E_n|^2
 
 whose gradient in row t is coupling * ((k + 1) E_t - (sum over the shell, t included) - E_partner), k being the number
-of neighbours. The table is class-major (:mod:`hiermpi.hierarchy.symmetry`), so classes are slices of rows.
+of neighbours. The table is class-major (:mod:`hiermpi.model.symmetry`), so classes are slices of rows.
 """
 
 from collections.abc import Collection
@@ -17,8 +17,8 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from hiermpi.hierarchy.loops import compiled_loops
-from hiermpi.native import at, plain_float32
+from hiermpi.kernels.loops import compiled_loops
+from hiermpi.kernels.memory import address_of, plain_float32
 
 
 class Lattice:
@@ -58,7 +58,7 @@ class Lattice:
             for index in chosen:
                 arrays = (out, table, self.bounds, self._factors[index])
                 losses[index] = coupling * loops.pull_together(
-                    *map(at, arrays), len(losses), index, width, coupling
+                    *map(address_of, arrays), len(losses), index, width, coupling
                 )
             return losses
         shells = np.zeros((self.deepest, width), table.dtype)

@@ -16,10 +16,10 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from hiermpi.hierarchy.loops import compiled_loops
 from hiermpi.hierarchy.topology import Topology
-from hiermpi.hierarchy.transport import Integers, assign, clearing_prices
-from hiermpi.native import at
+from hiermpi.kernels.assignment import Integers, assign, clearing_prices
+from hiermpi.kernels.loops import compiled_loops
+from hiermpi.kernels.memory import address_of
 
 
 class Routing(NamedTuple):
@@ -99,7 +99,7 @@ class Router:
             unit_bin = np.ascontiguousarray(unit_bin, np.int64)
             counts = np.ascontiguousarray(counts, np.int32)
             arrays = (leaf, bins, totals, counts, unit_bin, self._ranks, self._bounds, np.empty(self.n_bins, np.int64))
-            loops.deal(*(at(array) for array in arrays), n, unit, self.n_bins)
+            loops.deal(*(address_of(array) for array in arrays), n, unit, self.n_bins)
             return Routing(leaf, bins, int(totals[0]), int(totals[1]))
         unit_of = np.arange(n) // unit
         chosen = unit_bin[unit_of]
@@ -123,7 +123,7 @@ class Router:
         if loops is not None and tokens.dtype == np.int32 and tokens.strides[1:] == (4,):
             counts = np.zeros((n, bins), np.int32)
             arrays = (counts, tokens, self.group_of_token)
-            loops.count_groups(*(at(array) for array in arrays), n, tokens.shape[1], tokens.strides[0] // 4, bins)
+            loops.count_groups(*(address_of(array) for array in arrays), n, tokens.shape[1], tokens.strides[0] // 4, bins)
             return counts
         cell = bins * np.arange(n)[:, None] + self.group_of_token[tokens]  # of padding some token's, taken out below
         present = tokens >= 0

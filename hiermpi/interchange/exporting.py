@@ -4,11 +4,11 @@ from pathlib import Path
 
 from hiermpi.data.tokenizers import tokenizer_from_json
 from hiermpi.errors import UsageError
+from hiermpi.files import told, whole_path
 from hiermpi.interchange.exchanged import Exchanged, fitted
 from hiermpi.interchange.huggingface import write_huggingface
 from hiermpi.interchange.plain import write_npz, write_safetensors
 from hiermpi.storage.checkpoint import Checkpoint, model_config
-from hiermpi.storage.files import told, whole_path
 
 FORMATS = ("hf", "safetensors", "npz")
 WRITERS = {"safetensors": write_safetensors, "npz": write_npz}

@@ -15,7 +15,7 @@ from hiermpi.data.tokenizers import BytesTokenizer, CharsTokenizer, NoTokenizer,
 from hiermpi.errors import UserError
 from hiermpi.interchange.exchanged import Exchanged, fitted
 from hiermpi.interchange.safetensors_files import load_tensors, save_tensors
-from hiermpi.model.kernels.reference import NORM_EPSILON
+from hiermpi.kernels.layers import NORM_EPSILON
 
 CONFIG_FILE = "config.json"
 PREFIX = "transformer."

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from hiermpi.model.kernels.reference import ReferenceKernels
+from hiermpi.kernels.layers import ReferenceKernels
 from hiermpi.model.transformer import Transformer
 
 _KERNELS = ReferenceKernels()

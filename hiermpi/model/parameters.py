@@ -12,8 +12,7 @@ from math import prod
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-ALIGNMENT = 64
-"""Bytes: every tensor starts on a cache line, whatever the element type."""
+from hiermpi.kernels.memory import aligned_zeros, round_up
 
 
 @dataclass(frozen=True)
@@ -32,34 +31,6 @@ class TensorSpec:
         return prod(self.shape)
 
 
-def aligned_empty(size: int, dtype: DTypeLike) -> NDArray:
-    """An uninitialised 1-D array of ``size`` elements whose first byte is aligned to :data:`ALIGNMENT`."""
-    nbytes = size * np.dtype(dtype).itemsize
-    raw = np.empty(nbytes + ALIGNMENT, np.uint8)
-    start = -raw.ctypes.data % ALIGNMENT
-    return raw[start : start + nbytes].view(dtype)
-
-
-def aligned_zeros(size: int, dtype: DTypeLike) -> NDArray:
-    """The same, zeroed."""
-    array = aligned_empty(size, dtype)
-    array[:] = 0
-    return array
-
-
-def lazy_zeros(size: int, dtype: DTypeLike) -> NDArray:
-    """The same as :func:`aligned_zeros`, but the system gives memory only to the pages that are written."""
-    nbytes = size * np.dtype(dtype).itemsize
-    raw = np.zeros(nbytes + ALIGNMENT, np.uint8)
-    start = -raw.ctypes.data % ALIGNMENT
-    return raw[start : start + nbytes].view(dtype)
-
-
-def whole_lines(nbytes: int) -> int:
-    """``nbytes`` rounded up to cache lines."""
-    return -(-nbytes // ALIGNMENT) * ALIGNMENT
-
-
 class ParameterLayout:
     """Where each tensor stands in the vector. Allocates nothing.
 
@@ -75,7 +46,7 @@ class ParameterLayout:
         end = 0
         for spec in self.specs:
             self.offsets[spec.name] = end
-            end += whole_lines(4 * spec.size) // 4  # by float32, so that layouts of all types agree
+            end += round_up(4 * spec.size) // 4  # by float32, so that layouts of all types agree
         self.size = end
 
     @property

@@ -1,8 +1,8 @@
 """GPT-2's architecture: pre-norm blocks, learned positions, GELU(tanh), tied or untied output (Radford et al. 2019).
 
 Forward and backward are written out. Batch and time are folded into one product per layer; everything between the
-products is a kernel of :mod:`hiermpi.model.kernels`; it works in buffers of :mod:`hiermpi.model.workspace`. The model
-works on row ids, which are class-major (:mod:`hiermpi.hierarchy.symmetry`); checkpoints and logits are in token order.
+products is a kernel of :mod:`hiermpi.kernels`; it works in buffers of :mod:`hiermpi.model.workspace`. The model
+works on row ids, which are class-major (:mod:`hiermpi.model.symmetry`); checkpoints and logits are in token order.
 
 Sizes in comments: B sequences, T tokens of each, N = B T rows, C channels, H heads of D channels, V rows of the table.
 """
@@ -13,12 +13,12 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from hiermpi.config.schema import ModelConfig
-from hiermpi.hierarchy.symmetry import SymmetryTable, symmetry_groups
+from hiermpi.kernels import Kernels, load_kernels
+from hiermpi.kernels.dropout import sequence_keys, threshold_of
+from hiermpi.kernels.layers import NO_KEYS, ReferenceKernels
 from hiermpi.model.contract import Batch
-from hiermpi.model.dropout import sequence_keys, threshold_of
-from hiermpi.model.kernels import Kernels, load_kernels
-from hiermpi.model.kernels.reference import NO_KEYS, ReferenceKernels
 from hiermpi.model.parameters import ParameterBuffer, TensorSpec
+from hiermpi.model.symmetry import SymmetryTable, symmetry_groups
 from hiermpi.model.workspace import Workspace, micro_batch_sequences
 
 EMBEDDING_SITE = 0

@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from hiermpi.config.schema import ModelConfig
-from hiermpi.model.kernels.compiled import attention_scratch, product_scratch
-from hiermpi.model.kernels.reference import padded
-from hiermpi.model.parameters import aligned_empty, whole_lines
+from hiermpi.kernels.compiled import attention_scratch, product_scratch
+from hiermpi.kernels.layers import padded
+from hiermpi.kernels.memory import aligned_empty, round_up
 
 AUTOMATIC_MICRO_BATCH_TOKENS = 512
 """Tokens of a micro-batch where ``train.micro_batch_size`` is 0: larger ones fall out of the caches. On a Xeon (2 MB
@@ -95,7 +95,7 @@ class Workspace:
     @staticmethod
     def elements(config: ModelConfig, sequences: int) -> int:
         """Elements of memory needed for so many sequences."""
-        return sum(whole_lines(4 * int(np.prod(shape))) // 4 for shape in workspace_shapes(config, sequences).values())
+        return sum(round_up(4 * int(np.prod(shape))) // 4 for shape in workspace_shapes(config, sequences).values())
 
     def reserve(self, sequences: int, length: int) -> dict[str, NDArray]:
         """The buffers for a micro-batch of this size. Raises ValueError for more tokens than the model takes."""
@@ -131,5 +131,5 @@ class Workspace:
         for name, shape in workspace_shapes(self.config, sequences).items():
             size = int(np.prod(shape))
             self._whole[name] = memory[start : start + size].reshape(shape)
-            start += whole_lines(4 * size) // 4
+            start += round_up(4 * size) // 4
         self._size, self._shape_in_use = sequences, (0, 0)

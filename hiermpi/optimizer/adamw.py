@@ -7,9 +7,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from hiermpi.model.kernels import Kernels, load_kernels
-from hiermpi.model.kernels.compiled import CompiledKernels
-from hiermpi.native import plain_float32
+from hiermpi.kernels import Kernels, load_kernels
+from hiermpi.kernels.compiled import CompiledKernels
+from hiermpi.kernels.memory import plain_float32
 
 Vector = NDArray[np.float32]
 

@@ -10,10 +10,10 @@ from math import fsum, sqrt
 import numpy as np
 from numpy.typing import NDArray
 
-from hiermpi.model.kernels import Kernels, load_kernels
-from hiermpi.model.kernels.compiled import CompiledKernels
+from hiermpi.kernels import Kernels, load_kernels
+from hiermpi.kernels.compiled import CompiledKernels
+from hiermpi.kernels.memory import plain_float32
 from hiermpi.model.parameters import ParameterLayout
-from hiermpi.native import plain_float32
 
 LARGEST_BLOCK = 4096
 """Elements: small enough that owners' shares, which are whole blocks, come out even."""

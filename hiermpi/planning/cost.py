@@ -13,12 +13,11 @@ from math import ceil, log2
 from typing import Any, NamedTuple
 
 from hiermpi.config.schema import Config, ModelConfig
-from hiermpi.hierarchy.topology import Topology
-from hiermpi.hierarchy.turns import at_once
+from hiermpi.hierarchy.topology import Topology, compute_slots
 from hiermpi.model.parameters import ParameterLayout
 from hiermpi.model.transformer import flops_per_token, transformer_specs
 from hiermpi.model.workspace import micro_batch_sequences
-from hiermpi.optimizer.fixed_point import unit_sequences
+from hiermpi.optimizer.sums import unit_sequences
 from hiermpi.planning.memory import shares_memory
 from hiermpi.planning.owners import owned_elements, planned_ownership
 
@@ -135,7 +134,7 @@ def predict(machine: Machine, topology: Topology, config: Config, model: ModelCo
         here = round(more * computing / leaves)
         shorter, longer = (leaf_seconds(machine, config, model, share) for share in (each, each + 1))
         taken = [longer] * here + [shorter] * (computing - here)
-        in_turns = at_once(computing, cores) == cores
+        in_turns = compute_slots(computing, cores) == cores
         compute = (_in_turns(taken, cores) if in_turns else sum(taken) / cores) + preparing / cores
         overhead += machine.crowded_overhead_seconds * ranks / cores
     else:

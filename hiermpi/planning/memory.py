@@ -10,13 +10,12 @@ import numpy as np
 
 from hiermpi.config.schema import Config, ModelConfig
 from hiermpi.hierarchy.ownership import Ownership, summing
-from hiermpi.hierarchy.topology import Role, Topology
-from hiermpi.hierarchy.turns import at_once
+from hiermpi.hierarchy.topology import Role, Topology, compute_slots
 from hiermpi.model.parameters import ParameterLayout
 from hiermpi.model.transformer import transformer_specs
 from hiermpi.model.workspace import activation_bytes, micro_batch_sequences
-from hiermpi.optimizer.fixed_point import unit_sequences
 from hiermpi.optimizer.slots import slots_of
+from hiermpi.optimizer.sums import unit_sequences
 from hiermpi.planning.owners import owned_elements, planned_ownership
 
 PROCESS_BYTES = 27_200_000
@@ -73,7 +72,7 @@ def memory_of(
     # Sums in fixed point are twice as long, and the gradient of a unit stands beside them.
     sums, unit = (2 * vector, vector) if config.hierarchy.reproducible else (vector, 0)
     summed = summed_parts(topology, ownership, sums // layout.size, cores) if shared else []
-    computing = [at_once(leaves, max(1, cores // config.run.threads_per_rank)) for leaves in topology.leaves_of_node]
+    computing = [compute_slots(leaves, max(1, cores // config.run.threads_per_rank)) for leaves in topology.leaves_of_node]
     messages = topology.size > 1 and not shared and config.hierarchy.reduction != "flat"
 
     def vectors(rank: int) -> int:

@@ -15,11 +15,11 @@ from hiermpi.data.bpe import load_library, train_bpe
 from hiermpi.data.corpus import Document, Split, find_documents
 from hiermpi.data.tokenizers import BytesTokenizer, CharsTokenizer, Tokenizer, tokenizer_from_json
 from hiermpi.errors import UsageError, UserError
+from hiermpi.files import require_new, told
 from hiermpi.preparation.encoding import Encoder
 from hiermpi.preparation.spool import Spool
 from hiermpi.progress import ProgressBar
 from hiermpi.storage.dataset import SPLITS, DatasetContent, write_dataset
-from hiermpi.storage.files import require_new, told
 
 FEWEST_TOKENS = 2
 BPE_TOKENS = 8192

@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hiermpi.errors import UserError
+from hiermpi.files import told, whole_path
 from hiermpi.reporting.reading import RunRecord
 from hiermpi.reporting.tables import ROLES, mean, own_share, verdict, work
-from hiermpi.storage.files import told, whole_path
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hiermpi.errors import UserError
-from hiermpi.storage.files import told
+from hiermpi.files import told
 from hiermpi.storage.run_folder import RunFolder
 
 LAST_STEPS = 20

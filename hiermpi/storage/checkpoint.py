@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from hiermpi.config.schema import ModelConfig
 from hiermpi.errors import DamagedFile, UserError
+from hiermpi.files import TEMPORARY_SUFFIX, told
 from hiermpi.storage.container import (
     IN_MEMORY_LIMIT,
     Fill,
@@ -27,7 +28,6 @@ from hiermpi.storage.container import (
     write_image,
     write_streamed,
 )
-from hiermpi.storage.files import TEMPORARY_SUFFIX, told
 
 import h5py  # isort: skip
 

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hiermpi.errors import DamagedFile, UserError
-from hiermpi.storage.files import told, write_bytes, write_whole
+from hiermpi.files import told, write_bytes, write_whole
 
 import h5py  # isort: skip  (after hiermpi.storage has closed the plugin path)
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from hiermpi.errors import UserError
+from hiermpi.files import told, write_bytes, write_whole
 from hiermpi.storage.checkpoint import Checkpoint, CheckpointFolder
-from hiermpi.storage.files import told, write_bytes, write_whole
 
 
 class RunFolder:

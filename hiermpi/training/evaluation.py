@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hiermpi.model.contract import Model
-from hiermpi.optimizer.fixed_point import rounded_loss
+from hiermpi.optimizer.sums import rounded_loss
 from hiermpi.training.batches import EvaluationSource, rows_to_batch
 
 EVALUATION_UNIT = 8

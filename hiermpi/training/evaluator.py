@@ -6,8 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hiermpi.communication.communicators import Communicators
+from hiermpi.communication.compute_slots import Turns
 from hiermpi.communication.scatter import Scatter
-from hiermpi.communication.turns import Turns
 from hiermpi.hierarchy.routing import even_leaves
 from hiermpi.model.contract import Model
 from hiermpi.training.batches import EvaluationSource

@@ -12,7 +12,7 @@ from hiermpi.config.schema import Config, flatten
 from hiermpi.data.sampling import Sampler
 from hiermpi.data.tokenizers import tokenizer_from_json
 from hiermpi.errors import UsageError
-from hiermpi.model.kernels import load_kernels
+from hiermpi.kernels import load_kernels
 from hiermpi.storage.checkpoint import Checkpoint, load_checkpoint
 from hiermpi.storage.dataset import TokenDataset, open_dataset
 from hiermpi.storage.run_folder import RunFolder

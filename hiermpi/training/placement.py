@@ -7,14 +7,14 @@ from numpy.typing import NDArray
 
 from hiermpi.config.schema import Config
 from hiermpi.hierarchy.ownership import Ownership, assign
-from hiermpi.hierarchy.symmetry import SymmetryTable
 from hiermpi.hierarchy.topology import Topology
-from hiermpi.model.kernels import Kernels
+from hiermpi.kernels import Kernels
 from hiermpi.model.parameters import ParameterLayout
+from hiermpi.model.symmetry import SymmetryTable
 from hiermpi.model.transformer import Transformer, transformer_specs
 from hiermpi.optimizer.adamw import Moments
 from hiermpi.optimizer.norm import norm_blocks
-from hiermpi.optimizer.optimizer import Optimizer, OptimizerSettings
+from hiermpi.optimizer.update import Optimizer, OptimizerSettings
 
 
 def ownership_of(config: Config, topology: Topology, groups: NDArray[np.uint8]) -> Ownership:

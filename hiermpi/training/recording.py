@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from hiermpi.config.schema import Config, flatten
 from hiermpi.model.transformer import Transformer
-from hiermpi.optimizer.optimizer import Optimizer
+from hiermpi.optimizer.update import Optimizer
 from hiermpi.progress import ProgressBar
 from hiermpi.storage.checkpoint import Checkpoint, CheckpointWriter
 from hiermpi.storage.dataset import TokenDataset

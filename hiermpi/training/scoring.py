@@ -39,11 +39,11 @@ def score_alone(source: Path, data: Path, split: str) -> dict[str, str | float |
 
 def score_together(source: Path, data: Path, split: str, world: "MPI.Comm") -> dict[str, str | float | int]:
     """The same, computed by all ranks; the result is whole on rank 0. Collective over ``world``."""
+    from hiermpi.communication.agreement import agree, broadcast_object
     from hiermpi.communication.communicators import Communicators
-    from hiermpi.communication.objects import agree, broadcast_object
+    from hiermpi.communication.compute_slots import make_turns
     from hiermpi.communication.reduction import allreduce_small, hand_down
     from hiermpi.communication.scatter import BatchScatter
-    from hiermpi.communication.turns import make_turns
     from hiermpi.communication.waiting import Waiter
     from hiermpi.data.rows import ID_COLUMNS
     from hiermpi.training.evaluator import Evaluator

@@ -13,33 +13,33 @@ import numpy as np
 from mpi4py import MPI
 from numpy.typing import NDArray
 
-from hiermpi.communication.choosing import make_reduction
+from hiermpi.communication.agreement import agree, broadcast_object, gather_objects
+from hiermpi.communication.autotune import make_reduction
 from hiermpi.communication.communicators import Communicators
-from hiermpi.communication.leaving import ErrorSink, set_error_sink
-from hiermpi.communication.objects import agree, broadcast_object, gather_objects
-from hiermpi.communication.owned import deal_out_owned, gather_owned
+from hiermpi.communication.compute_slots import make_turns
 from hiermpi.communication.reduction import Reduction, hand_down
 from hiermpi.communication.scatter import make_scatter
-from hiermpi.communication.turns import make_turns
+from hiermpi.communication.sharded_state import deal_out_owned, gather_owned
+from hiermpi.communication.shutdown import ErrorSink, set_error_sink
 from hiermpi.communication.waiting import Waiter
 from hiermpi.config.schema import Config, duration_seconds
 from hiermpi.data.rows import ID_COLUMNS
 from hiermpi.data.sampling import Sampler
 from hiermpi.errors import EXIT_DONE, EXIT_STOPPED, UserError
 from hiermpi.hierarchy.routing import Router
-from hiermpi.hierarchy.symmetry import symmetry_groups
-from hiermpi.model.kernels import load_kernels
-from hiermpi.model.parameters import lazy_zeros
+from hiermpi.kernels import load_kernels
+from hiermpi.kernels.memory import lazy_zeros
+from hiermpi.model.symmetry import symmetry_groups
 from hiermpi.model.transformer import Transformer
-from hiermpi.optimizer.fixed_point import differing, routed_together, summed_type
 from hiermpi.optimizer.slots import slots_of
+from hiermpi.optimizer.sums import differing, routed_together, summed_type
+from hiermpi.signals import StopRequests
 from hiermpi.training.batches import BatchSource, EvaluationSource
 from hiermpi.training.evaluation import Evaluation
 from hiermpi.training.evaluator import Evaluator
 from hiermpi.training.faults import Fault, parse_faults
 from hiermpi.training.phases import Phases
 from hiermpi.training.placement import make_optimizer, optimizer_settings, ownership_of
-from hiermpi.training.stopping import StopRequests
 from hiermpi.training.summary import gather_ranks
 from hiermpi.training.trainer import Progress, Trainer
 

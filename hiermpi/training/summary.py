@@ -4,8 +4,8 @@ import os
 import socket
 from typing import Any
 
+from hiermpi.communication.agreement import gather_objects
 from hiermpi.communication.communicators import Communicators
-from hiermpi.communication.objects import gather_objects
 from hiermpi.training.trainer import Trainer
 
 

@@ -17,20 +17,20 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from hiermpi.communication.agreement import gather_objects
 from hiermpi.communication.communicators import Communicators
-from hiermpi.communication.objects import gather_objects
+from hiermpi.communication.compute_slots import Turns
 from hiermpi.communication.reduction import Reduction
 from hiermpi.communication.scatter import Scatter
-from hiermpi.communication.turns import Turns
 from hiermpi.config.schema import Config
 from hiermpi.data.rows import ID_COLUMNS, unpack_rows
 from hiermpi.errors import UserError
 from hiermpi.model.contract import Model, WritingModel
-from hiermpi.optimizer.fixed_point import add_fixed, from_fixed, largest_addend, rounded_loss, unit_sequences
-from hiermpi.optimizer.optimizer import Optimizer, norm_and_lattice_loss
+from hiermpi.optimizer.sums import add_fixed, from_fixed, largest_addend, rounded_loss, unit_sequences
+from hiermpi.optimizer.update import Optimizer, norm_and_lattice_loss
+from hiermpi.signals import StopRequests
 from hiermpi.training.batches import BatchSource, PreparedBatch, rows_to_batch
 from hiermpi.training.phases import Phases
-from hiermpi.training.stopping import StopRequests
 
 MOST_SKIPPED_IN_A_ROW = 10
 

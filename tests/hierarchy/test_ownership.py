@@ -14,9 +14,9 @@ from hiermpi.hierarchy.ownership import (
     spans_of,
     water_filled,
 )
-from hiermpi.hierarchy.symmetry import SymmetryTable
 from hiermpi.hierarchy.topology import Topology
 from hiermpi.model.parameters import ParameterLayout, TensorSpec
+from hiermpi.model.symmetry import SymmetryTable
 from hiermpi.optimizer.norm import norm_blocks
 
 SIZES = [1, 2, 3, 7, 12, 13, 14, 26, 64, 200]

@@ -5,8 +5,8 @@ import pytest
 from forms import both_forms
 from scipy.optimize import linear_sum_assignment
 
-from hiermpi.hierarchy import transport
-from hiermpi.hierarchy.transport import assign, clearing_prices
+from hiermpi.kernels import assignment as transport
+from hiermpi.kernels.assignment import assign, clearing_prices
 
 BUILT = transport.compiled_loops()
 form = both_forms(transport)

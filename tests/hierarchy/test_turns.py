@@ -2,13 +2,13 @@
 
 import pytest
 
-from hiermpi.hierarchy.turns import at_once
+from hiermpi.hierarchy.topology import compute_slots
 
 
 @pytest.mark.parametrize("cores", [1, 2, 3, 8, 48])
 def test_no_core_is_left_idle(cores):
     for leaves in range(1, 200):
-        ranks = at_once(leaves, cores)
+        ranks = compute_slots(leaves, cores)
         assert min(leaves, cores) <= ranks <= leaves
         last = leaves % ranks
         if ranks == cores:
@@ -19,6 +19,6 @@ def test_no_core_is_left_idle(cores):
 
 
 def test_examples():
-    of_two_cores = [at_once(leaves, 2) for leaves in (0, 1, 2, 3, 7, 13, 64)]
+    of_two_cores = [compute_slots(leaves, 2) for leaves in (0, 1, 2, 3, 7, 13, 64)]
     assert of_two_cores == [1, 1, 2, 3, 4, 2, 2]
-    assert [at_once(1, 4), at_once(13, 8), at_once(100, 48)] == [1, 13, 50]
+    assert [compute_slots(1, 4), compute_slots(13, 8), compute_slots(100, 48)] == [1, 13, 50]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.stats import chisquare
 
-from hiermpi.model.dropout import (
+from hiermpi.kernels.dropout import (
     element_bits,
     kept_factor,
     kept_scale,

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from hiermpi.errors import UsageError
-from hiermpi.model.dropout import sequence_keys, threshold_of
-from hiermpi.model.kernels import LEVELS, find_library, load_kernels
-from hiermpi.model.kernels.reference import NO_KEYS, ReferenceKernels, padded
+from hiermpi.kernels import LEVELS, find_library, load_kernels
+from hiermpi.kernels.dropout import sequence_keys, threshold_of
+from hiermpi.kernels.layers import NO_KEYS, ReferenceKernels, padded
 from hiermpi.optimizer.adamw import adamw_update
 from hiermpi.optimizer.norm import block_sums
 

@@ -5,9 +5,9 @@ from math import exp, log, pi, sqrt, tanh
 import numpy as np
 import pytest
 
+from hiermpi.kernels.dropout import kept_factor, sequence_keys, threshold_of
+from hiermpi.kernels.layers import NORM_EPSILON, ReferenceKernels, padded
 from hiermpi.model.contract import IGNORED_TARGET
-from hiermpi.model.dropout import kept_factor, sequence_keys, threshold_of
-from hiermpi.model.kernels.reference import NORM_EPSILON, ReferenceKernels, padded
 
 LAYERS = ReferenceKernels()
 ROW_SHAPES = [(1, 1), (1, 7), (5, 3), (11, 16)]

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from hiermpi.model.parameters import ALIGNMENT, ParameterBuffer, ParameterLayout, TensorSpec, aligned_empty
+from hiermpi.kernels.memory import ALIGNMENT, aligned_empty
+from hiermpi.model.parameters import ParameterBuffer, ParameterLayout, TensorSpec
 
 SPECS = [
     TensorSpec("table", (5, 3), decay=True, symmetry_rows=True),

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from hiermpi.config.schema import ModelConfig
+from hiermpi.kernels import load_kernels
 from hiermpi.model import workspace
 from hiermpi.model.contract import IGNORED_TARGET, Batch
-from hiermpi.model.kernels import load_kernels
 from hiermpi.model.parameters import ParameterLayout
 from hiermpi.model.transformer import Transformer, flops_per_token, transformer_specs
 from hiermpi.model.workspace import activation_bytes, micro_batch_sequences

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from mpi4py import MPI
 
-from hiermpi.communication.objects import broadcast_object
+from hiermpi.communication.agreement import broadcast_object
 from hiermpi.communication.waiting import Waiter
 
 

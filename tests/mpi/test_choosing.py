@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from collective import collective_assert
 
-from hiermpi.communication import choosing
-from hiermpi.communication.choosing import PREFERRED, make_reduction, preferred
+from hiermpi.communication import autotune as choosing
+from hiermpi.communication.agreement import gather_objects
+from hiermpi.communication.autotune import PREFERRED, make_reduction, preferred
 from hiermpi.communication.communicators import Communicators
-from hiermpi.communication.objects import gather_objects
 from hiermpi.errors import UserError
 from hiermpi.hierarchy.ownership import owned_by_root
 from runs import TINY, make_dataset, train_on

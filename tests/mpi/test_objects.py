@@ -6,7 +6,7 @@ import pytest
 from collective import collective_assert
 from mpi4py import MPI
 
-from hiermpi.communication.objects import agree, broadcast_object, gather_objects
+from hiermpi.communication.agreement import agree, broadcast_object, gather_objects
 from hiermpi.communication.waiting import StallError, Waiter
 from hiermpi.errors import UsageError, UserError
 

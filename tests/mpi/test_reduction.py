@@ -5,7 +5,7 @@ import pytest
 from collective import collective_assert
 
 from hiermpi.communication import reduction
-from hiermpi.communication.choosing import make_reduction
+from hiermpi.communication.autotune import make_reduction
 from hiermpi.communication.communicators import Communicators
 from hiermpi.communication.reduction import allreduce_small, chunks
 from hiermpi.hierarchy.ownership import Ownership, owned_by_root

@@ -8,8 +8,8 @@ import pytest
 from collective import collective_assert
 from mpi4py import MPI
 
+from hiermpi.communication.agreement import broadcast_object
 from hiermpi.communication.communicators import Communicators
-from hiermpi.communication.objects import broadcast_object
 from hiermpi.communication.waiting import Waiter
 from hiermpi.errors import UserError
 from hiermpi.storage.checkpoint import parameters_digest

@@ -7,11 +7,12 @@ import pytest
 from collective import collective_assert
 
 from hiermpi.communication import shared_memory
-from hiermpi.communication.choosing import make_reduction
+from hiermpi.communication.autotune import make_reduction
 from hiermpi.communication.communicators import Communicators
 from hiermpi.communication.scatter import SharedScatter
-from hiermpi.communication.shared_memory import Gate, Mailboxes, NodeMemory, laid_out
+from hiermpi.communication.shared_memory import Gate, Mailboxes, NodeMemory
 from hiermpi.hierarchy.ownership import owned_by_root
+from hiermpi.kernels.memory import offsets_of
 
 pytestmark = pytest.mark.mpi
 ROUNDS = 30
@@ -36,7 +37,7 @@ def comms(comm):
 def test_nobody_passes_before_the_members_arrive(comms):
     node = comms.node
     members = sorted({0, node.size - 1, node.size // 2})
-    *offsets, end = laid_out(Gate.nbytes(len(members)), Gate.nbytes(node.size), 8 * node.size)
+    *offsets, end = offsets_of(Gate.nbytes(len(members)), Gate.nbytes(node.size), 8 * node.size)
     memory = NodeMemory(node, end, comms.waiter)
     some = Gate(memory, offsets[0], members, comms.waiter)
     everyone = Gate(memory, offsets[1], range(node.size), comms.waiter)
@@ -84,7 +85,7 @@ def test_the_count_wraps_around(comms):
 
 def test_mailboxes_hold_the_numbers_of_the_round(comms):
     node = comms.node
-    *offsets, end = laid_out(Gate.nbytes(node.size), Mailboxes.nbytes(node.size))
+    *offsets, end = offsets_of(Gate.nbytes(node.size), Mailboxes.nbytes(node.size))
     memory = NodeMemory(node, end, comms.waiter)
     gate = Gate(memory, offsets[0], range(node.size), comms.waiter)
     boxes = Mailboxes(memory, offsets[1], gate)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from collective import collective_assert
 
-from hiermpi.communication.summing import children_and_parent, spread_pieces, sum_pieces
+from hiermpi.communication.tree_messages import children_and_parent, spread_pieces, sum_pieces
 from hiermpi.communication.waiting import Waiter
 
 

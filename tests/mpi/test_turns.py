@@ -8,8 +8,8 @@ import pytest
 from collective import collective_assert
 
 from hiermpi.communication.communicators import Communicators
+from hiermpi.communication.compute_slots import NodeCores, NodeTurns, Turns, make_turns, node_cores
 from hiermpi.communication.shared_memory import LINE, NodeMemory, node_library
-from hiermpi.communication.turns import NodeCores, NodeTurns, Turns, make_turns, node_cores
 from hiermpi.config.schema import ModelConfig
 from hiermpi.model.contract import Batch
 from hiermpi.model.transformer import Transformer
@@ -93,7 +93,7 @@ def test_the_cores_of_a_node(comms):
 
 def test_shared_workspaces_change_no_bit(comms, monkeypatch):
     """Ranks compute batches of several sizes in the same memory as each alone in its own."""
-    monkeypatch.setattr("hiermpi.communication.turns.node_cores", lambda _: NodeCores([0], False))
+    monkeypatch.setattr("hiermpi.communication.compute_slots.node_cores", lambda _: NodeCores([0], False))
     config = ModelConfig(vocab_size=40, context_length=16, n_layer=2, n_head=2, n_embd=32, dropout=0.1)
     alone, shared = (Transformer(config, micro_batch_size=3) for _ in range(2))
     turns = make_turns(comms, shared)

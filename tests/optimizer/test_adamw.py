@@ -5,8 +5,8 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from hiermpi.model.kernels import load_kernels
-from hiermpi.model.parameters import ALIGNMENT
+from hiermpi.kernels import load_kernels
+from hiermpi.kernels.memory import ALIGNMENT
 from hiermpi.optimizer.adamw import BLOCK, adamw_update
 
 UNIT = ALIGNMENT // 4

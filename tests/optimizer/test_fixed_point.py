@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from hiermpi.config.schema import Config, HierarchyConfig, ModelConfig, TrainConfig
-from hiermpi.model.kernels import LEVELS, find_library, load_kernels
-from hiermpi.model.kernels.reference import ReferenceKernels
-from hiermpi.optimizer.fixed_point import (
+from hiermpi.kernels import LEVELS, find_library, load_kernels
+from hiermpi.kernels.layers import ReferenceKernels
+from hiermpi.optimizer.sums import (
     UNIT,
     add_fixed,
     differing,

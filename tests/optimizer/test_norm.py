@@ -5,7 +5,7 @@ from math import inf, isnan, nan
 import numpy as np
 import pytest
 
-from hiermpi.model.kernels import load_kernels
+from hiermpi.kernels import load_kernels
 from hiermpi.model.parameters import ParameterLayout, TensorSpec
 from hiermpi.optimizer import norm
 from hiermpi.optimizer.norm import LARGEST_BLOCK, block_sums, clip_scale, total_norm

@@ -7,7 +7,7 @@ from hiermpi.config.schema import OptimizerConfig
 from hiermpi.hierarchy.ownership import owned_by_root
 from hiermpi.model.parameters import ParameterBuffer, TensorSpec
 from hiermpi.optimizer.adamw import Moments
-from hiermpi.optimizer.optimizer import Optimizer, OptimizerSettings
+from hiermpi.optimizer.update import Optimizer, OptimizerSettings
 
 SIZE = 640
 

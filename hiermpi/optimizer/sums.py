@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hiermpi.config.schema import Config
-from hiermpi.model.kernels import Kernels, load_kernels
-from hiermpi.model.kernels.compiled import CompiledKernels
+from hiermpi.kernels import Kernels, load_kernels
+from hiermpi.kernels.compiled import CompiledKernels
 
 UNIT_EXPONENT = -40
 UNIT = 2.0**UNIT_EXPONENT

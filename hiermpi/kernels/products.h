@@ -1,4 +1,4 @@
-/* Matrix products, once per instruction set like body.h, whose loads and stores they use.
+/* Matrix products, once per instruction set like layers.h, whose loads and stores they use.
  *
  * c[M,N] = a b with a[r,k] at r * ars + k * aks and b[k,j] at k * bks + j * bjs, one of bks, bjs being 1. Panels of
  * b, PCOLS columns wide, are copied so that they are read in order and stay in the level 2 cache; each is used for all

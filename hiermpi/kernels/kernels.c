@@ -1,4 +1,4 @@
-/* Compiles body.h once per instruction set; Python picks the best that the processor has (see __init__.py). */
+/* Compiles layers.h once per instruction set; Python picks the best that the processor has (see __init__.py). */
 
 #include <math.h>
 #include <stdint.h>
@@ -21,7 +21,7 @@ VECTORS(4)
 VECTORS(8)
 VECTORS(16)
 
-/* What is done with the tiles of a product: see product.h. */
+/* What is done with the tiles of a product: see products.h. */
 enum { WRITE, ADD, GELU, SLOPE };
 
 /* Per level: W floats in a register, and ROWS x VECS registers that hold a tile of a product. ROWS divides 16. */
@@ -34,8 +34,8 @@ enum { WRITE, ADD, GELU, SLOPE };
 #define VECU vecu4
 #define VECI veci4
 #define VECN vecn4
-#include "body.h"
-#include "product.h"
+#include "layers.h"
+#include "products.h"
 #include "undefine.h"
 
 #if defined(__x86_64__)
@@ -51,8 +51,8 @@ enum { WRITE, ADD, GELU, SLOPE };
 #define VECU vecu8
 #define VECI veci8
 #define VECN vecn8
-#include "body.h"
-#include "product.h"
+#include "layers.h"
+#include "products.h"
 #include "undefine.h"
 #pragma GCC pop_options
 
@@ -67,8 +67,8 @@ enum { WRITE, ADD, GELU, SLOPE };
 #define VECU vecu16
 #define VECI veci16
 #define VECN vecn16
-#include "body.h"
-#include "product.h"
+#include "layers.h"
+#include "products.h"
 #include "undefine.h"
 #pragma GCC pop_options
 

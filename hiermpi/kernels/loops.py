@@ -4,7 +4,7 @@ import ctypes
 from functools import cache
 from pathlib import Path
 
-from hiermpi.native import built_library
+from hiermpi.kernels.memory import built_library
 
 
 @cache

@@ -10,15 +10,14 @@ import numpy as np
 from mpi4py import MPI
 from numpy.typing import DTypeLike, NDArray
 
+from hiermpi.communication.agreement import agree
 from hiermpi.communication.communicators import Communicators
-from hiermpi.communication.objects import agree
 from hiermpi.communication.reduction import FlatReduction, Reduction, TreeReduction
 from hiermpi.communication.shared_memory import shared_memory_usable
 from hiermpi.communication.shared_reduction import SharedReduction
 from hiermpi.errors import UserError
 from hiermpi.hierarchy.ownership import Ownership
-from hiermpi.model.parameters import lazy_zeros
-from hiermpi.native import give_back_memory
+from hiermpi.kernels.memory import give_back_memory, lazy_zeros
 
 PREFERRED = ("shared", "tree", "flat")
 """Of candidates that are about as fast, the first is taken, so that noise seldom decides."""

@@ -4,8 +4,8 @@ import os
 from pathlib import Path
 
 from hiermpi.errors import UsageError
+from hiermpi.files import told, write_bytes, write_whole
 from hiermpi.planning.cost import Machine, machine_from_json
-from hiermpi.storage.files import told, write_bytes, write_whole
 
 
 def default_path() -> Path:

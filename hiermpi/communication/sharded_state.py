@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from hiermpi.communication.communicators import Communicators
 from hiermpi.communication.reduction import pipelined, span_chunks
 from hiermpi.hierarchy.ownership import Ownership
-from hiermpi.model.parameters import lazy_zeros
+from hiermpi.kernels.memory import lazy_zeros
 
 
 def gather_owned(comms: Communicators, ownership: Ownership, vector: NDArray | None) -> NDArray | None:

@@ -21,8 +21,8 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from hiermpi.hierarchy.loops import compiled_loops
-from hiermpi.native import at
+from hiermpi.kernels.loops import compiled_loops
+from hiermpi.kernels.memory import address_of
 
 Integers = NDArray[np.int64]
 
@@ -92,7 +92,7 @@ def _balance_compiled(
     loss = np.empty((bins, bins), np.int64)
     affinity, capacity = np.ascontiguousarray(affinity, np.int32), np.ascontiguousarray(capacity, np.int64)
     arrays = (affinity, capacity, prices, place, load, idle, loss)
-    return loss if loops.balance(*(None if array is None else at(array) for array in arrays), n, bins) else None
+    return loss if loops.balance(*(None if array is None else address_of(array) for array in arrays), n, bins) else None
 
 
 def _solve(affinity: NDArray[np.integer], capacity: Integers) -> "_Assignment":

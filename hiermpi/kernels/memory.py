@@ -3,11 +3,15 @@
 import ctypes
 import importlib.machinery
 import sys
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
+
+ALIGNMENT = 64
+"""Bytes of a cache line: every tensor starts on one, whatever the element type."""
 
 
 def built_library(folder: Path, name: str) -> ctypes.CDLL | None:
@@ -26,7 +30,7 @@ def give_back_memory() -> None:
         trim(0)
 
 
-def at(array: NDArray[Any]) -> int:
+def address_of(array: NDArray[Any]) -> int:
     """Address of an array's first byte. The caller keeps the array alive, and C-contiguous."""
     if DATA_FIELD:
         return ctypes.c_void_p.from_address(id(array) + DATA_FIELD).value or 0
@@ -55,3 +59,36 @@ def data_field() -> int:
 
 
 DATA_FIELD = data_field()
+
+
+def aligned_empty(size: int, dtype: DTypeLike) -> NDArray:
+    """An uninitialised 1-D array of ``size`` elements whose first byte is aligned to :data:`ALIGNMENT`."""
+    nbytes = size * np.dtype(dtype).itemsize
+    raw = np.empty(nbytes + ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % ALIGNMENT
+    return raw[start : start + nbytes].view(dtype)
+
+
+def aligned_zeros(size: int, dtype: DTypeLike) -> NDArray:
+    """The same, zeroed."""
+    array = aligned_empty(size, dtype)
+    array[:] = 0
+    return array
+
+
+def lazy_zeros(size: int, dtype: DTypeLike) -> NDArray:
+    """The same as :func:`aligned_zeros`, but the system gives memory only to the pages that are written."""
+    nbytes = size * np.dtype(dtype).itemsize
+    raw = np.zeros(nbytes + ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % ALIGNMENT
+    return raw[start : start + nbytes].view(dtype)
+
+
+def round_up(nbytes: int) -> int:
+    """``nbytes`` rounded up to cache lines."""
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
+
+
+def offsets_of(*nbytes: int) -> list[int]:
+    """Offsets of pieces of so many bytes one after the other in whole cache lines, and where the last one ends."""
+    return [0, *accumulate(map(round_up, nbytes))]

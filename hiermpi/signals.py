@@ -1,14 +1,29 @@
-"""Requests to stop early: signals on any rank; the STOP file and the time limit on the root."""
+"""Requests to stop early: signals on any rank; the STOP file and the time limit on the root.
+
+Signals that come while the program is still being loaded are remembered, where they would otherwise kill.
+"""
 
 import signal
 import time
 from collections.abc import Callable
 from types import FrameType
 
-from hiermpi import early
-
 FILE_CHECK_SECONDS = 0.5
 STOP_SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
+
+received: list[int] = []
+"""Numbers of the signals that came since :func:`listen`."""
+
+
+def listen() -> None:
+    """Remember the signals that ask a training run to stop, until :class:`StopRequests` takes over."""
+    for number in (signal.SIGUSR1, signal.SIGTERM):
+        signal.signal(number, remember)
+
+
+def remember(number: int, frame: FrameType | None) -> None:
+    """Handle a signal by keeping its number."""
+    received.append(number)
 
 
 class StopRequests:
@@ -22,8 +37,8 @@ class StopRequests:
     def __init__(
         self, stop_file_exists: Callable[[], bool] = lambda: False, seconds: float = float("inf")
     ) -> None:
-        self.reason = signal.Signals(early.received[0]).name if early.received else ""
-        early.received.clear()
+        self.reason = signal.Signals(received[0]).name if received else ""
+        received.clear()
         self._stop_file_exists = stop_file_exists
         self._deadline = time.monotonic() + seconds
         self._next_check = 0.0

@@ -1,7 +1,7 @@
 """Turns to compute, where a node has more ranks than cores.
 
 Ranks that share a core push each other out of its caches at every switch, and together they need more memory than
-caches hold. So only as many compute at once as keep the cores busy (:mod:`hiermpi.hierarchy.turns`), each to the end
+caches hold. So only as many compute at once as keep the cores busy (:mod:`hiermpi.hierarchy.topology`), each to the end
 of its call, and one after the other in the same memory: the model's activations stay in the caches, and the node holds
 them once per core instead of once per rank.
 
@@ -18,8 +18,8 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from hiermpi.communication.agreement import agree, broadcast_object, gather_objects
 from hiermpi.communication.communicators import Communicators
-from hiermpi.communication.objects import agree, broadcast_object, gather_objects
 from hiermpi.communication.shared_memory import (
     LINE,
     LONGEST_KERNEL_SLEEP_NS,
@@ -30,9 +30,8 @@ from hiermpi.communication.shared_memory import (
 )
 from hiermpi.communication.waiting import Waiter
 from hiermpi.errors import UserError
-from hiermpi.hierarchy.turns import at_once
-from hiermpi.model.parameters import whole_lines
-from hiermpi.native import at
+from hiermpi.hierarchy.topology import compute_slots
+from hiermpi.kernels.memory import address_of, round_up
 
 
 class Turns:
@@ -77,7 +76,7 @@ class NodeTurns(Turns):
             words[2 : 2 + first, 0] = 1 + np.arange(first)  # the first turns may begin
         self._gate = GateState(0, 1, 0, 1, 0, LONGEST_KERNEL_SLEEP_NS, 0)
         self._at = ctypes.addressof(self._gate)
-        self._turns = at(words), memory.size
+        self._turns = address_of(words), memory.size
         self._ranks = ranks
         self._place = 0
         self._cores = cores
@@ -156,12 +155,12 @@ def make_turns(comms: Communicators, model: Shareable, threads: int = 1) -> Turn
     topology, node = comms.topology, comms.node
     leaves = topology.leaves_of_node[topology.nodes[comms.rank]]
     cores, free = node_cores(comms)
-    ranks = at_once(leaves, max(1, len(cores) // threads))
+    ranks = compute_slots(leaves, max(1, len(cores) // threads))
     chosen = cores if free and ranks == len(cores) and threads == 1 else []
     turns, error = Turns(), None
     if ranks < leaves and shared_memory_usable() and node_library() is not None:
         elements = model.workspace_elements()
-        start, stride = LINE * NodeTurns.lines(node.size, ranks), whole_lines(4 * elements)
+        start, stride = LINE * NodeTurns.lines(node.size, ranks), round_up(4 * elements)
         try:
             # Room for as many sequences as a rank may ever get: taken where it is written.
             memory = NodeMemory(node, start + ranks * stride, comms.waiter, [(0, start)])

@@ -7,25 +7,24 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hiermpi.model.dropout import kept_scale
-from hiermpi.model.kernels.reference import NO_KEYS, ReferenceKernels, padded
-from hiermpi.model.parameters import aligned_empty
-from hiermpi.native import at
+from hiermpi.kernels.dropout import kept_scale
+from hiermpi.kernels.layers import NO_KEYS, ReferenceKernels, padded
+from hiermpi.kernels.memory import address_of, aligned_empty
 
 Array = NDArray[np.float32]
 
 OWN_PRODUCTS = frozenset({"avx512"})
-"""Levels at which the products of product.h are faster than OpenBLAS's: see hiermpi bench kernels."""
+"""Levels at which the products of products.h are faster than OpenBLAS's: see hiermpi bench kernels."""
 PANEL_COLUMNS = 48
-"""Columns of the widest panel in product.h."""
+"""Columns of the widest panel in products.h."""
 PACKED_STRIDE = 512
-"""Of a transposed left matrix, in product.h: multiples of it are packed."""
+"""Of a transposed left matrix, in products.h: multiples of it are packed."""
 
 _TYPES: dict[str, Any] = {
     **{"p": ctypes.c_void_p, "l": ctypes.c_long, "u": ctypes.c_uint32},
     **{"f": ctypes.c_float, "d": ctypes.c_double},
 }
-SIGNATURES = {  # p: address, l: long, u: uint32, f: float, d: double; as in product.h and body.h
+SIGNATURES = {  # p: address, l: long, u: uint32, f: float, d: double; as in products.h and layers.h
     "product": "pppp lll lll ll l",
     "product_gelu": "pppppp lll",
     "product_slope": "pppppp lll",
@@ -89,7 +88,7 @@ class CompiledKernels:
         columns = b.shape[1]
         strides = (out.strides[0] >> 2, a.strides[0] >> 2, a.strides[1] >> 2, b.strides[0] >> 2, b.strides[1] >> 2)
         panel = self._room(product_scratch(inner, 0 if strides[2] % PACKED_STRIDE else rows))
-        self._call["product"](at(out), at(a), at(b), at(panel), rows, columns, inner, *strides, add)
+        self._call["product"](address_of(out), address_of(a), address_of(b), address_of(panel), rows, columns, inner, *strides, add)
 
     def product_gelu(self, out: Array, slope: Array, a: Array, b: Array, bias: Array) -> None:
         if not self.own_products:
@@ -98,7 +97,7 @@ class CompiledKernels:
             return
         inner = a.shape[1]
         arrays = (out, slope, a, b, bias, self._room(product_scratch(inner, 0)))
-        self._call["product_gelu"](*map(at, arrays), *out.shape, inner)
+        self._call["product_gelu"](*map(address_of, arrays), *out.shape, inner)
 
     def product_slope(self, out: Array, dbias: Array, a: Array, b: Array, slope: Array) -> None:
         if not self.own_products:
@@ -107,16 +106,16 @@ class CompiledKernels:
             return
         inner = a.shape[1]
         arrays = (out, dbias, a, b, slope, self._room(product_scratch(inner, 0)))
-        self._call["product_slope"](*map(at, arrays), *out.shape, inner)
+        self._call["product_slope"](*map(address_of, arrays), *out.shape, inner)
 
     def embed_forward(self, x: Array, inputs: NDArray[np.int32], wte: Array, wpe: Array) -> None:
-        self._call["embed_forward"](at(x), at(inputs), at(wte), at(wpe), x.shape[0], inputs.shape[1], x.shape[1])
+        self._call["embed_forward"](address_of(x), address_of(inputs), address_of(wte), address_of(wpe), x.shape[0], inputs.shape[1], x.shape[1])
 
     def embed_backward(self, dwte: Array, dwpe: Array, dx: Array, inputs: NDArray[np.int32]) -> None:
-        self._call["embed_backward"](at(dwte), at(dwpe), at(dx), at(inputs), dx.shape[0], inputs.shape[1], dx.shape[1])
+        self._call["embed_backward"](address_of(dwte), address_of(dwpe), address_of(dx), address_of(inputs), dx.shape[0], inputs.shape[1], dx.shape[1])
 
     def norm_forward(self, out: Array, mean: Array, rstd: Array, x: Array, weight: Array, bias: Array) -> None:
-        self._call["norm_forward"](at(out), at(mean), at(rstd), at(x), at(weight), at(bias), *x.shape)
+        self._call["norm_forward"](address_of(out), address_of(mean), address_of(rstd), address_of(x), address_of(weight), address_of(bias), *x.shape)
 
     def residual_norm_forward(
         self,
@@ -131,7 +130,7 @@ class CompiledKernels:
         bias: Array,
     ) -> None:
         arrays = (total, out, mean, rstd, residual, branch, branch_bias, weight, bias)
-        self._call["residual_norm_forward"](*map(at, arrays), *total.shape)
+        self._call["residual_norm_forward"](*map(address_of, arrays), *total.shape)
 
     def norm_backward(
         self,
@@ -146,22 +145,22 @@ class CompiledKernels:
         weight: Array,
         fresh: bool,
     ) -> None:
-        branch = None if dbranch is None else at(dbranch)
-        rest = map(at, (dout, x, mean, rstd, weight))
-        self._call["norm_backward"](at(dx), at(dweight), at(dbias), branch, *rest, *x.shape, fresh)
+        branch = None if dbranch is None else address_of(dbranch)
+        rest = map(address_of, (dout, x, mean, rstd, weight))
+        self._call["norm_backward"](address_of(dx), address_of(dweight), address_of(dbias), branch, *rest, *x.shape, fresh)
 
     def column_sums(self, dbias: Array, dy: Array) -> None:
-        self._call["column_sums"](at(dbias), at(dy), *dy.shape)
+        self._call["column_sums"](address_of(dbias), address_of(dy), *dy.shape)
 
     def gelu_forward(self, out: Array, h: Array, bias: Array) -> None:
-        self._call["gelu_forward"](at(out), at(h), at(bias), *h.shape)
+        self._call["gelu_forward"](address_of(out), address_of(h), address_of(bias), *h.shape)
 
     def gelu_backward(self, dh: Array, dbias: Array, slope: Array) -> None:
-        self._call["gelu_backward"](at(dh), at(dbias), at(slope), *slope.shape)
+        self._call["gelu_backward"](address_of(dh), address_of(dbias), address_of(slope), *slope.shape)
 
     def dropout(self, x: Array, keys: NDArray[np.uint64], threshold: int) -> None:
         count = len(keys)
-        self._call["dropout"](at(x), at(keys), count, x.size // count, threshold, kept_scale(threshold))
+        self._call["dropout"](address_of(x), address_of(keys), count, x.size // count, threshold, kept_scale(threshold))
 
     def attention_forward(
         self,
@@ -175,7 +174,7 @@ class CompiledKernels:
     ) -> None:
         scratch = self._room(attention_scratch(shape[1], shape[3]))
         arrays = (out, p, qkv, bias, scratch)
-        self._call["attention_forward"](*map(at, arrays), *shape, at(keys), threshold, kept_scale(threshold))
+        self._call["attention_forward"](*map(address_of, arrays), *shape, address_of(keys), threshold, kept_scale(threshold))
 
     def attention_backward(
         self,
@@ -191,10 +190,10 @@ class CompiledKernels:
     ) -> None:
         scratch = self._room(attention_scratch(shape[1], shape[3]))
         arrays = (dqkv, dbias, dout, p, qkv, bias, scratch)
-        self._call["attention_backward"](*map(at, arrays), *shape, at(keys), threshold, kept_scale(threshold))
+        self._call["attention_backward"](*map(address_of, arrays), *shape, address_of(keys), threshold, kept_scale(threshold))
 
     def cross_entropy(self, logits: Array, targets: NDArray[np.int32], gradient: bool) -> float:
-        return float(self._call["cross_entropy"](at(logits), at(targets), *logits.shape, gradient))
+        return float(self._call["cross_entropy"](address_of(logits), address_of(targets), *logits.shape, gradient))
 
     def adamw(
         self,
@@ -209,24 +208,24 @@ class CompiledKernels:
     ) -> None:
         """AdamW on (out, out_m, out_v, parameters, gradients, m, v) of one length; see :mod:`hiermpi.optimizer`."""
         numbers = (scale, beta1, beta2, step_size, root_correction, eps, shrink)
-        self._call["adamw"](*map(at, arrays), len(arrays[0]), *numbers)
+        self._call["adamw"](*map(address_of, arrays), len(arrays[0]), *numbers)
 
     def block_sums(self, sums: NDArray[np.float64], vector: Array, bounds: NDArray[np.int64]) -> None:
         """Sums (n,) = sum of squares of vector[start:stop] for each row of bounds (n, 2)."""
-        self._call["block_sums"](at(sums), at(vector), at(bounds), len(sums))
+        self._call["block_sums"](address_of(sums), address_of(vector), address_of(bounds), len(sums))
 
     def sum_buffers(self, out: Array, buffers: Array, start: int, stop: int) -> None:
         """out[start:stop] = the sum over axis 0 of buffers (P, n), in the order of the buffers."""
         name = "sum_integers" if out.dtype == np.int64 else "sum_buffers"
-        self._call[name](at(out), at(buffers), buffers.shape[1], buffers.shape[0], start, stop)
+        self._call[name](address_of(out), address_of(buffers), buffers.shape[1], buffers.shape[0], start, stop)
 
     def add_fixed(self, sums: NDArray[np.int64], x: Array, unit: float, limit: float, fresh: bool) -> bool:
-        """See :func:`hiermpi.optimizer.fixed_point.add_fixed`; ``unit`` is a power of two."""
-        return not self._call["add_fixed"](at(sums), at(x), len(x), 1.0 / unit, limit, fresh)
+        """See :func:`hiermpi.optimizer.sums.add_fixed`; ``unit`` is a power of two."""
+        return not self._call["add_fixed"](address_of(sums), address_of(x), len(x), 1.0 / unit, limit, fresh)
 
     def from_fixed(self, out: Array, sums: NDArray[np.int64], unit: float) -> None:
-        """See :func:`hiermpi.optimizer.fixed_point.from_fixed`."""
-        self._call["from_fixed"](at(out), at(sums), len(sums), unit)
+        """See :func:`hiermpi.optimizer.sums.from_fixed`."""
+        self._call["from_fixed"](address_of(out), address_of(sums), len(sums), unit)
 
     def multiply_adds(self, flops: float) -> None:
         """Do about so many floating-point operations on registers alone: the most that this core can do."""

@@ -10,9 +10,9 @@ from functools import cache
 from pathlib import Path
 
 from hiermpi.errors import UsageError
-from hiermpi.model.kernels.compiled import CompiledKernels
-from hiermpi.model.kernels.reference import ReferenceKernels
-from hiermpi.native import built_library
+from hiermpi.kernels.compiled import CompiledKernels
+from hiermpi.kernels.layers import ReferenceKernels
+from hiermpi.kernels.memory import built_library
 
 Kernels = ReferenceKernels | CompiledKernels
 

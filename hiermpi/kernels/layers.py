@@ -10,7 +10,7 @@ from math import pi, sqrt
 import numpy as np
 from numpy.typing import NDArray
 
-from hiermpi.model.dropout import kept_factor
+from hiermpi.kernels.dropout import kept_factor
 
 Array = NDArray[np.floating]
 NORM_EPSILON = 1e-5
@@ -172,7 +172,7 @@ class ReferenceKernels:
             bias: (3C,).
             shape: B, T, H, D.
             keys: (B,) of the sequences, where ``threshold`` is above 0.
-            threshold: see :mod:`hiermpi.model.dropout`.
+            threshold: see :mod:`hiermpi.kernels.dropout`.
         """
         batch, length, heads, width = shape
         q, k, v = self._heads(qkv + bias, shape)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from hiermpi.config.schema import OptimizerConfig
 from hiermpi.hierarchy.lattice import Lattice
 from hiermpi.hierarchy.ownership import Ownership
-from hiermpi.model.kernels import Kernels
+from hiermpi.kernels import Kernels
 from hiermpi.model.parameters import ParameterBuffer
 from hiermpi.optimizer.adamw import Moments, adamw_update
 from hiermpi.optimizer.norm import block_sums, clip_scale, total_norm
