@@ -23,5 +23,9 @@ class UsageError(UserError):
     exit_code = EXIT_USAGE
 
 
+class PluginError(UserError):
+    """Code from outside the package does not keep its contract: the message names it, and what it must give."""
+
+
 class DamagedFile(UserError):
     """A file is not what it claims to be: truncated, altered, foreign or of an unknown version."""

@@ -10,6 +10,7 @@ import hiermpi
 ROOT = Path(hiermpi.__file__).parent
 PURE = (
     *("config", "data", "hierarchy", "model", "optimizer", "errors", "files", "kernels", "planning", "progress"),
+    "registry",
     "signals",
 )
 ALLOWED = {

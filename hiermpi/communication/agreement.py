@@ -1,10 +1,13 @@
-"""Small Python objects between ranks, and arrays of unequal lengths to rank 0, with sleeping waits.
+"""What ranks tell each other besides arrays: errors that all of them share, and small Python objects.
 
-Arrays never travel as objects.
+An error of one rank is raised on all, so that none waits in a collective that another never enters. Arrays never travel
+as objects. All waits sleep.
 """
 
 import pickle
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import numpy as np
 from mpi4py import MPI
@@ -12,6 +15,31 @@ from numpy.typing import NDArray
 
 from hiermpi.communication.waiting import Waiter
 from hiermpi.errors import UserError
+
+T = TypeVar("T")
+
+
+@contextmanager
+def agreed(comm: MPI.Comm, waiter: Waiter) -> Iterator[None]:
+    """Run the body; raise on every rank of ``comm`` where it raised on any. Collective over ``comm``.
+
+    The body must not call anything that is collective. See :func:`agree` for what is raised.
+    """
+    error = None
+    try:
+        yield
+    except Exception as caught:  # noqa: BLE001  (raised on all ranks by agree)
+        error = caught
+    agree(comm, error, waiter)
+
+
+def from_root(comm: MPI.Comm, make: Callable[[], T], waiter: Waiter) -> T:
+    """Call ``make`` on rank 0; give every rank what it returns, or its error. Collective over ``comm``."""
+    value: Any = None
+    with agreed(comm, waiter):
+        if comm.rank == 0:
+            value = make()
+    return broadcast_object(comm, value, waiter)
 
 
 def broadcast_object(comm: MPI.Comm, value: Any, waiter: Waiter) -> Any:

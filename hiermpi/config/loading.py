@@ -53,14 +53,13 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     for section, kind in SECTIONS.items():
         group = parser.add_argument_group(section, (kind.__doc__ or "").splitlines()[0])
         for entry in fields(kind):
-            hint = get_type_hints(kind, include_extras=False)[entry.name]
-            shown = "|".join(get_args(hint)) if get_origin(hint) is Literal else hint.__name__.upper()
+            shown = _shown_type(get_type_hints(kind, include_extras=False)[entry.name])
             group.add_argument(
                 f"--{section}.{entry.name}",
                 dest=f"{section}.{entry.name}",
                 metavar=shown,
                 default=argparse.SUPPRESS,
-                help=f"{entry.metadata['help']} (default: {_shown_default(entry.default)})",
+                help=f"{entry.metadata['help']} (default: {_shown_default(getattr(Config(), section), entry.name)})",
             )
 
 
@@ -108,10 +107,17 @@ def config_to_toml(config: Config) -> str:
     return tomli_w.dumps(nested)
 
 
-def _shown_default(value: Any) -> str:
+def _shown_type(hint: Any) -> str:
+    if get_origin(hint) is Literal:
+        return "|".join(get_args(hint))
+    return "TABLE" if get_origin(hint) is dict else hint.__name__.upper()
+
+
+def _shown_default(section: Any, name: str) -> str:
+    value = getattr(section, name)
     if isinstance(value, bool):
         return str(value).lower()
-    return "none" if value == "" else str(value)
+    return "none" if value in ("", {}) else str(value)
 
 
 def _from_file(path: Path, known: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
@@ -192,6 +198,8 @@ def _build(settings: Mapping[str, tuple[Any, str]]) -> Config:
 def _convert(hint: Any, value: Any, origin: str) -> Any:
     if hint is str and isinstance(value, int | float) and not isinstance(value, bool):
         value = str(value)  # a duration may be written as a plain number
+    if get_origin(hint) is dict:
+        return _table(value, origin)
     if isinstance(value, bool) and hint is not bool:
         raise UsageError(f"{origin} = {str(value).lower()}: expected a value other than true or false")
     try:
@@ -204,3 +212,16 @@ def _convert(hint: Any, value: Any, origin: str) -> Any:
     if isinstance(converted, float) and not math.isfinite(converted):
         raise UsageError(f"{origin} = {value}: expected a finite number")
     return converted
+
+
+def _table(value: Any, origin: str) -> dict[str, Any]:
+    """A table of plain values: as TOML gives it, or an inline table such as ``{hidden = 64}`` as a text."""
+    if isinstance(value, str):
+        try:
+            value = tomllib.loads(f"table = {value}")["table"]
+        except (tomllib.TOMLDecodeError, RecursionError):
+            raise UsageError(f"{origin} = {value[:80]!r}: expected a TOML table such as {{hidden = 64}}") from None
+    plain = isinstance(value, dict) and all(isinstance(entry, int | float | str | bool) for entry in value.values())
+    if not plain:
+        raise UsageError(f"{origin}: expected a table of numbers, texts, true and false")
+    return dict(value)

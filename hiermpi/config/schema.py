@@ -11,6 +11,9 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Lt
 
+from hiermpi.errors import UsageError
+from hiermpi.registry import FAMILIES, REDUCTIONS, ROUTINGS, RULES, SCHEDULES, SINKS, Registry
+
 PositiveInt = Annotated[int, Ge(1)]
 CountOrZero = Annotated[int, Ge(0)]
 PositiveFloat = Annotated[float, Gt(0)]
@@ -20,6 +23,8 @@ Fraction = Annotated[float, Ge(0), Lt(1)]
 
 def option(default: Any, text: str) -> Any:
     """A field with its default and its line of ``--help``."""
+    if isinstance(default, dict):
+        return field(default_factory=dict, metadata={"help": text})
     return field(default=default, metadata={"help": text})
 
 
@@ -42,10 +47,25 @@ def duration_seconds(text: str) -> float:
     return seconds + 86400 * int(days or 0)
 
 
+def require_known(registry: Registry, text: str) -> None:
+    """Refuse a text that names nothing in ``registry`` and nothing outside. Raises ValueError."""
+    try:
+        registry.check(text)
+    except UsageError as error:
+        raise ValueError(str(error)) from None
+
+
+def listed(text: str) -> tuple[str, ...]:
+    """The entries of a comma-separated list, blanks taken off."""
+    return tuple(entry.strip() for entry in text.split(",") if entry.strip())
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """The shape of the model."""
 
+    family: str = option("gpt2", f"{', '.join(FAMILIES)}, or package.module:object of your own")
+    options: dict[str, Any] = option({}, "settings of a family of your own, as a TOML table")
     vocab_size: CountOrZero = option(0, "rows of the token table; 0 takes the data's vocabulary")
     context_length: PositiveInt = option(256, "tokens per sequence")
     n_layer: PositiveInt = option(4, "transformer blocks")
@@ -56,6 +76,7 @@ class ModelConfig:
     dropout: Fraction = option(0.0, "share of activations dropped in training")
 
     def __post_init__(self) -> None:
+        require_known(FAMILIES, self.family)
         if self.n_embd % self.n_head:
             below = self.n_embd - self.n_embd % self.n_head
             choices = f"{below} or {below + self.n_head}" if below else f"{self.n_head}"
@@ -80,8 +101,11 @@ class TrainConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW with linear warm-up and cosine decay."""
+    """The rule by which parameters are updated, and its learning rate."""
 
+    rule: str = option("adamw", f"{', '.join(RULES)}, or package.module:object of your own")
+    options: dict[str, Any] = option({}, "settings of a rule of your own, as a TOML table")
+    schedule: str = option("cosine", f"learning rate after warm-up: {', '.join(SCHEDULES)}, or one of your own")
     learning_rate: PositiveFloat = option(1e-3, "peak learning rate")
     min_learning_rate: FloatOrZero = option(1e-4, "learning rate after the decay")
     warmup_steps: CountOrZero = option(100, "steps of linear warm-up")
@@ -94,6 +118,8 @@ class OptimizerConfig:
     )
 
     def __post_init__(self) -> None:
+        require_known(RULES, self.rule)
+        require_known(SCHEDULES, self.schedule)
         if self.min_learning_rate > self.learning_rate:
             raise ValueError(
                 f"optimizer.min_learning_rate = {self.min_learning_rate:g} is above "
@@ -108,12 +134,25 @@ class HierarchyConfig:
     coordinators: Literal["compute", "dedicated"] = option(
         "compute", "compute: every rank computes; dedicated: only ranks with nobody below them"
     )
-    routing: Literal["balanced", "dominant", "lift"] = option("balanced", "how sequences find their group")
-    reduction: Literal["auto", "tree", "shared", "flat"] = option("auto", "how gradients are summed")
+    routing: str = option("balanced", f"how sequences find their group: {', '.join(ROUTINGS)}, or one of your own")
+    reduction: str = option(
+        "auto",
+        f"how gradients are summed: {', '.join(REDUCTIONS)}, or one of your own; auto, or several with commas between "
+        "them (auto,package.module:object), takes the fastest",
+    )
     retune: bool = option(False, "time the reductions again instead of reusing the run's choice")
     reproducible: bool = option(
         False, "the same bits on any number of ranks: units of train.micro_batch_size sequences, fixed-point sums"
     )
+
+
+    def __post_init__(self) -> None:
+        require_known(ROUTINGS, self.routing)
+        if not listed(self.reduction):
+            raise ValueError("hierarchy.reduction is empty: name auto, or a reduction")
+        for name in listed(self.reduction):
+            if name != "auto":
+                require_known(REDUCTIONS, name)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,8 +183,11 @@ class RunConfig:
     stall_warn: FloatOrZero = option(60.0, "seconds of waiting after which a rank says so; 0 never")
     stall_abort: FloatOrZero = option(1800.0, "seconds of waiting after which the job ends; 0 never")
     threads_per_rank: PositiveInt = option(1, "BLAS threads of each rank")
+    sinks: str = option("", f"where the run is also written to, with commas between: {', '.join(SINKS)}, or your own")
 
     def __post_init__(self) -> None:
+        for name in listed(self.sinks):
+            require_known(SINKS, name)
         try:
             duration_seconds(self.time_limit)
         except ValueError as error:

@@ -96,7 +96,7 @@ def read_config(path: Path) -> ModelConfig:
     for name, allowed in required.items():
         if described.get(name, allowed[0]) not in allowed or (name == "model_type" and name not in described):
             raise UserError(f"{path}: {name} = {described.get(name)}, but hiermpi has only {allowed[0]}")
-    sizes = {}
+    sizes: dict[str, Any] = {}
     for ours, theirs in (
         ("vocab_size", "vocab_size"),
         ("context_length", "n_positions"),

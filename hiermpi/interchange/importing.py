@@ -2,8 +2,6 @@
 
 from pathlib import Path
 
-import numpy as np
-
 from hiermpi.config.schema import ModelConfig
 from hiermpi.errors import UserError
 from hiermpi.interchange.exchanged import Exchanged
@@ -30,7 +28,6 @@ def read_model(source: Path) -> Exchanged:
 
 def as_checkpoint(model: Exchanged) -> Checkpoint:
     """A checkpoint at step 0, of no dataset: :command:`train --resume` takes it for any."""
-    zeros = {name: np.zeros_like(tensor) for name, tensor in model.tensors.items()}
     config: ModelConfig = model.config
     return Checkpoint(
         step=0,
@@ -42,7 +39,6 @@ def as_checkpoint(model: Exchanged) -> Checkpoint:
         tokenizer=model.tokenizer.to_json(),
         dataset_sha256="",
         parameters=model.tensors,
-        m=zeros,
-        v=zeros,
+        state={},
         loss=float("nan"),
     )

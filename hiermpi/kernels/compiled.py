@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from hiermpi.kernels.dropout import kept_scale
 from hiermpi.kernels.layers import NO_KEYS, ReferenceKernels, padded
-from hiermpi.kernels.memory import address_of, aligned_empty
+from hiermpi.kernels.memory import address_of, aligned_empty, plain_float32
 
 Array = NDArray[np.float32]
 
@@ -208,10 +208,16 @@ class CompiledKernels:
     ) -> None:
         """AdamW on (out, out_m, out_v, parameters, gradients, m, v) of one length; see :mod:`hiermpi.optimizer`."""
         numbers = (scale, beta1, beta2, step_size, root_correction, eps, shrink)
+        if not plain_float32(*arrays):
+            self._blas.adamw(arrays, *numbers)
+            return
         self._call["adamw"](*map(address_of, arrays), len(arrays[0]), *numbers)
 
     def block_sums(self, sums: NDArray[np.float64], vector: Array, bounds: NDArray[np.int64]) -> None:
         """Sums (n,) = sum of squares of vector[start:stop] for each row of bounds (n, 2)."""
+        if not plain_float32(vector):
+            self._blas.block_sums(sums, vector, bounds)
+            return
         self._call["block_sums"](address_of(sums), address_of(vector), address_of(bounds), len(sums))
 
     def sum_buffers(self, out: Array, buffers: Array, start: int, stop: int) -> None:
@@ -220,11 +226,11 @@ class CompiledKernels:
         self._call[name](address_of(out), address_of(buffers), buffers.shape[1], buffers.shape[0], start, stop)
 
     def add_fixed(self, sums: NDArray[np.int64], x: Array, unit: float, limit: float, fresh: bool) -> bool:
-        """See :func:`hiermpi.optimizer.sums.add_fixed`; ``unit`` is a power of two."""
+        """See the numpy form."""
         return not self._call["add_fixed"](address_of(sums), address_of(x), len(x), 1.0 / unit, limit, fresh)
 
     def from_fixed(self, out: Array, sums: NDArray[np.int64], unit: float) -> None:
-        """See :func:`hiermpi.optimizer.sums.from_fixed`."""
+        """See the numpy form."""
         self._call["from_fixed"](address_of(out), address_of(sums), len(sums), unit)
 
     def multiply_adds(self, flops: float) -> None:

@@ -19,6 +19,9 @@ GELU_CUBIC = 0.044715
 SUM_PIECE = 1 << 14
 """Elements summed over all buffers at a time: they stay in the cache."""
 
+ADAMW_BLOCK = 1 << 15
+"""Elements of a pass of AdamW: small enough that its temporaries stay in the cache."""
+
 NO_KEYS = np.zeros(0, np.uint64)
 
 
@@ -247,6 +250,60 @@ class ReferenceKernels:
             out[piece] = buffers[0, piece]
             for addend in buffers[1:, piece]:
                 out[piece] += addend
+
+    def adamw(
+        self,
+        arrays: Sequence[Array],
+        scale: float,
+        beta1: float,
+        beta2: float,
+        step_size: float,
+        root_correction: float,
+        eps: float,
+        shrink: float,
+    ) -> None:
+        """Apply AdamW (Loshchilov, Hutter 2019) to one run of elements, in float32.
+
+        Args:
+            arrays: out, out_m, out_v, which are written, and parameters, gradients, m, v, all of one length; what is
+                written may be what is read.
+            scale: factor on the gradients.
+            beta1: decay of the first moment.
+            beta2: decay of the second moment.
+            step_size: the learning rate over 1 - beta1^t.
+            root_correction: 1 / sqrt(1 - beta2^t).
+            eps: as in the paper.
+            shrink: factor of the weight decay on the parameters.
+        """
+        for first in range(0, len(arrays[0]), ADAMW_BLOCK):
+            out, out_m, out_v, parameters, gradients, m, v = (array[first : first + ADAMW_BLOCK] for array in arrays)
+            single = np.float32
+            x = gradients * single(scale)
+            np.add(m * single(beta1), x * (single(1) - single(beta1)), out=out_m)
+            np.add(v * single(beta2), (x * x) * (single(1) - single(beta2)), out=out_v)
+            change = out_m / (np.sqrt(out_v) * single(root_correction) + single(eps))
+            np.subtract(parameters * single(shrink), change * single(step_size), out=out)
+
+    def block_sums(self, sums: NDArray[np.float64], vector: Array, bounds: NDArray[np.int64]) -> None:
+        """Sums (n,) = sum of squares of vector[start:stop], in float64, for each row of bounds (n, 2)."""
+        for index, (start, stop) in enumerate(bounds):
+            part = vector[start:stop].astype(np.float64)
+            sums[index] = np.dot(part, part)
+
+    def add_fixed(self, sums: NDArray[np.int64], x: Array, unit: float, limit: float, fresh: bool) -> bool:
+        """Add x (n,) in multiples of ``unit``, a power of two, to sums (n,), or write it there where ``fresh``.
+
+        Returns whether every element was finite and below ``limit``; otherwise the sums are not to be used.
+        """
+        good = bool((np.abs(x) < np.float32(limit)).all())
+        if good:
+            rounded = np.rint(x * np.float32(1 / unit)).astype(np.int64)
+            sums[:] = rounded if fresh else sums + rounded
+        return good
+
+    def from_fixed(self, out: Array, sums: NDArray[np.int64], unit: float) -> None:
+        """Write sums (n,) of multiples of ``unit``, rounded to float32, to out (n,)."""
+        out[:] = sums.astype(np.float64) * unit
 
     def _heads(self, qkv: Array, shape: Sequence[int]) -> tuple[Array, Array, Array]:
         """q, k, v as (B, H, T, D) views of qkv (N, 3C)."""

@@ -8,13 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hiermpi.kernels import Kernels, load_kernels
-from hiermpi.kernels.compiled import CompiledKernels
-from hiermpi.kernels.memory import plain_float32
 
 Vector = NDArray[np.float32]
-
-BLOCK = 1 << 15
-"""Elements of a pass of the numpy form: small enough that its temporaries stay in the cache."""
 
 
 class Moments(NamedTuple):
@@ -57,32 +52,8 @@ def adamw_update(
     kernels = kernels or load_kernels()
     step_size = learning_rate / (1.0 - beta1**count)
     root_correction = 1.0 / sqrt(1.0 - beta2**count)
-    compiled = kernels if isinstance(kernels, CompiledKernels) else None
     arrays = (out_parameters, out_m, out_v, parameters, gradients, m, v)
     for start, stop, decay in decay_ranges:
         shrink = 1.0 - learning_rate * weight_decay if decay else 1.0
         numbers = (scale, beta1, beta2, step_size, root_correction, eps, shrink)
-        if compiled is not None and plain_float32(*arrays):
-            compiled.adamw([array[start:stop] for array in arrays], *numbers)
-            continue
-        for first in range(start, stop, BLOCK):
-            _update_block([array[first : min(first + BLOCK, stop)] for array in arrays], *numbers)
-
-
-def _update_block(
-    arrays: Sequence[Vector],
-    scale: float,
-    beta1: float,
-    beta2: float,
-    step_size: float,
-    root_correction: float,
-    eps: float,
-    shrink: float,
-) -> None:
-    out, out_m, out_v, parameters, gradients, m, v = arrays
-    single = np.float32
-    x = gradients * single(scale)
-    np.add(m * single(beta1), x * (single(1) - single(beta1)), out=out_m)
-    np.add(v * single(beta2), (x * x) * (single(1) - single(beta2)), out=out_v)
-    change = out_m / (np.sqrt(out_v) * single(root_correction) + single(eps))
-    np.subtract(parameters * single(shrink), change * single(step_size), out=out)
+        kernels.adamw([array[start:stop] for array in arrays], *numbers)

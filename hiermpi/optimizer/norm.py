@@ -11,8 +11,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hiermpi.kernels import Kernels, load_kernels
-from hiermpi.kernels.compiled import CompiledKernels
-from hiermpi.kernels.memory import plain_float32
 from hiermpi.model.parameters import ParameterLayout
 
 LARGEST_BLOCK = 4096
@@ -51,13 +49,7 @@ def block_sums(
     kernels: Kernels | None = None,
 ) -> None:
     """Write the sum of squares of each of the ``blocks``, (n, 2) starts and stops, in float64, to ``out`` (n,)."""
-    kernels = kernels or load_kernels()
-    if isinstance(kernels, CompiledKernels) and plain_float32(vector):
-        kernels.block_sums(out, vector, blocks)
-        return
-    for index, (start, stop) in enumerate(blocks):
-        part = vector[start:stop].astype(np.float64)
-        out[index] = np.dot(part, part)
+    (kernels or load_kernels()).block_sums(out, vector, blocks)
 
 
 def total_norm(sums: NDArray[np.float64]) -> float:

@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 
 from hiermpi.config.schema import Config
 from hiermpi.kernels import Kernels, load_kernels
-from hiermpi.kernels.compiled import CompiledKernels
 
 UNIT_EXPONENT = -40
 UNIT = 2.0**UNIT_EXPONENT
@@ -68,23 +67,12 @@ def add_fixed(
         fresh: write instead of adding.
         kernels: by default the environment's.
     """
-    kernels = kernels or load_kernels()
-    if isinstance(kernels, CompiledKernels):
-        return kernels.add_fixed(sums, x, UNIT, limit, fresh)
-    good = bool((np.abs(x) < np.float32(limit)).all())
-    if good:  # otherwise the sum is not used
-        rounded = np.rint(x * np.float32(1 / UNIT)).astype(np.int64)
-        sums[:] = rounded if fresh else sums + rounded
-    return good
+    return (kernels or load_kernels()).add_fixed(sums, x, UNIT, limit, fresh)
 
 
 def from_fixed(out: NDArray[np.float32], sums: NDArray[np.int64], kernels: Kernels | None = None) -> None:
     """Write the sums, rounded to float32, to ``out`` (n,)."""
-    kernels = kernels or load_kernels()
-    if isinstance(kernels, CompiledKernels):
-        kernels.from_fixed(out, sums, UNIT)
-        return
-    out[:] = sums.astype(np.float64) * UNIT
+    (kernels or load_kernels()).from_fixed(out, sums, UNIT)
 
 
 def differing(kinds: Sequence[str]) -> tuple[int, int] | None:

@@ -72,7 +72,8 @@ def memory_of(
     # Sums in fixed point are twice as long, and the gradient of a unit stands beside them.
     sums, unit = (2 * vector, vector) if config.hierarchy.reproducible else (vector, 0)
     summed = summed_parts(topology, ownership, sums // layout.size, cores) if shared else []
-    computing = [compute_slots(leaves, max(1, cores // config.run.threads_per_rank)) for leaves in topology.leaves_of_node]
+    cores_of_slots = max(1, cores // config.run.threads_per_rank)
+    computing = [compute_slots(leaves, cores_of_slots) for leaves in topology.leaves_of_node]
     messages = topology.size > 1 and not shared and config.hierarchy.reduction != "flat"
 
     def vectors(rank: int) -> int:

@@ -83,7 +83,7 @@ def stored_tokenizer(path: Path) -> Tokenizer:
         with_tokenizer = open_dataset(path)
         with_tokenizer.close()
         return tokenizer_from_json(with_tokenizer.tokenizer)
-    return tokenizer_from_json(load_checkpoint(path, with_moments=False).tokenizer)
+    return tokenizer_from_json(load_checkpoint(path, with_state=False).tokenizer)
 
 
 def find_text(sources: list[str], decodable: bool) -> list[Document]:

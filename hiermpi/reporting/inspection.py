@@ -27,7 +27,7 @@ def inspect(path: Path) -> dict[str, Any]:
             return inspect_dataset(dataset)
         finally:
             dataset.close()
-    return inspect_checkpoint(path, load_checkpoint(path, with_moments=False))
+    return inspect_checkpoint(path, load_checkpoint(path, with_state=False))
 
 
 def inspect_dataset(dataset: TokenDataset) -> dict[str, Any]:

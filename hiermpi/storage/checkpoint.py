@@ -56,8 +56,8 @@ class Checkpoint:
     tokenizer: str
     dataset_sha256: str
     parameters: Tensors
-    m: Tensors
-    v: Tensors
+    state: dict[str, Tensors]
+    """The optimizer's, by the names of the rule's vectors: ``m`` and ``v`` for AdamW."""
     loss: float
     """Of the last step that was not skipped."""
 
@@ -112,7 +112,7 @@ def require_loadable(checkpoint: Checkpoint) -> None:
 
 def groups_of(checkpoint: Checkpoint) -> dict[str, Tensors]:
     """The tensors by their group in the file."""
-    return {"parameters": checkpoint.parameters, "optimizer/m": checkpoint.m, "optimizer/v": checkpoint.v}
+    return {"parameters": checkpoint.parameters} | {f"optimizer/{k}": t for k, t in checkpoint.state.items()}
 
 
 def data_bytes(checkpoint: Checkpoint) -> int:
@@ -120,20 +120,20 @@ def data_bytes(checkpoint: Checkpoint) -> int:
     return sum(tensor.nbytes for tensors in groups_of(checkpoint).values() for tensor in tensors.values())
 
 
-def load_checkpoint(path: Path, with_moments: bool = True) -> Checkpoint:
+def load_checkpoint(path: Path, with_state: bool = True) -> Checkpoint:
     """Read and check a checkpoint. Raises UserError, DamagedFile.
 
     Args:
         path: of the file.
-        with_moments: whether to read the optimizer's state.
+        with_state: whether to read the optimizer's state.
     """
     with open_container(path, KIND) as reader:
         parameters = _tensors(reader, "parameters")
-        m, v = (_tensors(reader, f"optimizer/{part}") if with_moments else {} for part in ("m", "v"))
-        for name, moments in (("m", m), ("v", v)):
-            if with_moments and {k: t.shape for k, t in moments.items()} != {
-                k: t.shape for k, t in parameters.items()
-            }:
+        shapes = {name: tensor.shape for name, tensor in parameters.items()}
+        names = reader.names("optimizer") if with_state and reader.has("optimizer") else []
+        state = {name: _tensors(reader, f"optimizer/{name}") for name in names}
+        for name, tensors in state.items():
+            if {key: tensor.shape for key, tensor in tensors.items()} != shapes:
                 raise reader.refuse(f"/optimizer/{name} does not match /parameters")
         return Checkpoint(
             step=reader.integer("step"),
@@ -145,8 +145,7 @@ def load_checkpoint(path: Path, with_moments: bool = True) -> Checkpoint:
             tokenizer=reader.text("tokenizer"),
             dataset_sha256=reader.text("dataset_sha256"),
             parameters=parameters,
-            m=m,
-            v=v,
+            state=state,
             loss=reader.number("loss"),
         )
 
@@ -184,9 +183,15 @@ def _config(reader: Reader) -> dict[str, Any]:
         config = json.loads(reader.text("config"))
     except (ValueError, RecursionError):
         config = None
-    if not isinstance(config, dict) or not all(isinstance(v, int | float | str | bool) for v in config.values()):
+    if not isinstance(config, dict) or not all(_plain(value) for value in config.values()):
         raise reader.refuse("the attribute config is not a JSON object of settings")
     return config
+
+
+def _plain(value: Any) -> bool:
+    """Whether this is the value of a setting: a number or text, or a table of such (``model.options``)."""
+    values = value.values() if isinstance(value, dict) else [value]
+    return all(isinstance(entry, int | float | str | bool) for entry in values)
 
 
 class CheckpointFolder:
@@ -211,7 +216,7 @@ class CheckpointFolder:
             found = [(FILE_NAME.fullmatch(path.name), path) for path in self.path.iterdir() if path.is_file()]
         return sorted(((int(match[1]), path) for match, path in found if match), reverse=True)
 
-    def newest_valid(self, with_moments: bool = True) -> tuple[Path, Checkpoint] | None:
+    def newest_valid(self, with_state: bool = True) -> tuple[Path, Checkpoint] | None:
         """The newest checkpoint that is whole; damaged ones are named and passed over. None where there is none.
 
         Raises UserError where there are checkpoints, and all are damaged.
@@ -219,7 +224,7 @@ class CheckpointFolder:
         entries = self.list()
         for _, path in entries:
             try:
-                return path, load_checkpoint(path, with_moments)
+                return path, load_checkpoint(path, with_state)
             except DamagedFile as error:
                 logger.warning("%s; trying the checkpoint before it", error)
         if entries:

@@ -300,6 +300,11 @@ class Reader:
                 self._require_hard_link(node, name, f"{group}/{name}")
             return names
 
+    def has(self, name: str) -> bool:
+        """Whether the root has an entry of this name."""
+        with self._asking(f"/{name}"):
+            return name in self.file
+
     def dataset(self, name: str, dtypes: tuple[str, ...], ndim: int | None = None) -> h5py.Dataset:
         """The dataset ``name``: plain numbers of one of ``dtypes``, stored in this very file, unfiltered."""
         with self._asking(f"/{name}"):

@@ -40,7 +40,7 @@ class RunFolder:
 
     def newest_checkpoint(self) -> tuple[Path, Checkpoint]:
         """The newest whole checkpoint, without its moments. Raises UserError where there is none."""
-        found = self.checkpoints.newest_valid(with_moments=False)
+        found = self.checkpoints.newest_valid(with_state=False)
         if found is None:
             raise UserError(f"{self.path} holds no checkpoint: name a run folder of hiermpi train, or a file")
         return found

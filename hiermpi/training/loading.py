@@ -15,7 +15,7 @@ def open_checkpoint(source: Path) -> Checkpoint:
     """The checkpoint in file ``source``, or the newest whole one of the run in folder ``source``, without moments."""
     if source.is_dir():
         return RunFolder(source).newest_checkpoint()[1]
-    return load_checkpoint(source, with_moments=False)
+    return load_checkpoint(source, with_state=False)
 
 
 def load_model(checkpoint: Checkpoint, symmetry_group: NDArray[np.uint8] | None = None) -> Transformer:

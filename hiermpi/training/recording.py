@@ -181,7 +181,6 @@ class Saver:
             tokenizer=self.dataset.tokenizer,
             dataset_sha256=self.dataset.sha256,
             parameters=order(self.model.parameters.vector),
-            m=order(m),
-            v=order(v),
+            state={"m": order(m), "v": order(v)},
             loss=loss,
         )

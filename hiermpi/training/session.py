@@ -396,7 +396,7 @@ class Session:
             whole = None
             if saved is not None:
                 whole = lazy_zeros(model.parameters.size, np.float32)
-                model.load_token_order(getattr(saved, name), whole)
+                model.load_token_order(saved.state[name], whole)
             mine = getattr(self.optimizer.moments, name) if self.optimizer else None
             deal_out_owned(self.comms, self.ownership, whole, mine)
 

@@ -52,7 +52,7 @@ def test_toml_round_trip():
         (["--optimizer.learning_rate", "0"], "expected more than 0"),
         (["--model.dropout", "1"], "expected less than 1"),
         (["--model.tie_embeddings", "maybe"], "expected true or false"),
-        (["--hierarchy.routing", "best"], "'balanced', 'dominant' or 'lift'"),
+        (["--hierarchy.routing", "best"], "expected one of balanced, dominant, lift, or package.module:object"),
         (["--model.n_embd", "50"], "not a multiple of model.n_head = 4: use 48 or 52"),
         (["--model.n_embd", "2"], "use 4"),
         (["--run.time_limit", "soon"], '"soon" is not a duration'),

@@ -27,7 +27,7 @@ def undisturbed(request, data, tmp_path_factory):
     result = run(*words, "--train.steps", STEP - 1, ranks=RANKS)
     assert result.returncode == 0, result.stderr
     saved = last_checkpoint(folder)
-    parts = {"parameters": saved.parameters, "m": saved.m, "v": saved.v}
+    parts = {"parameters": saved.parameters, **saved.state}
     return request.param, {f"{part}/{name}": t for part, tensors in parts.items() for name, t in tensors.items()}
 
 

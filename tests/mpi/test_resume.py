@@ -36,6 +36,10 @@ def signals():
         signal.signal(number, handler)
 
 
+def tensors_of(checkpoint, part):
+    return checkpoint.parameters if part == "parameters" else checkpoint.state[part]
+
+
 def require_same_bits(world, a, b):
     good, message = True, ""
     if world.rank == 0:
@@ -43,8 +47,8 @@ def require_same_bits(world, a, b):
         good = losses(a) == losses(b)
         message = f"losses differ: {losses(a)} {losses(b)}"
         for part in ("parameters", "m", "v"):
-            for name, tensor in getattr(one, part).items():
-                if not np.array_equal(tensor, getattr(two, part)[name]):
+            for name, tensor in tensors_of(one, part).items():
+                if not np.array_equal(tensor, tensors_of(two, part)[name]):
                     good, message = False, f"{part} {name} differs"
         good = good and (one.step, one.cursor, one.adam_count) == (two.step, two.cursor, two.adam_count)
     collective_assert(world, good, message)

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from hiermpi.kernels import load_kernels
+from hiermpi.kernels.layers import ADAMW_BLOCK as BLOCK
 from hiermpi.kernels.memory import ALIGNMENT
-from hiermpi.optimizer.adamw import BLOCK, adamw_update
+from hiermpi.optimizer.adamw import adamw_update
 
 UNIT = ALIGNMENT // 4
 N = 3 * BLOCK + 5 * UNIT  # not a whole number of blocks

@@ -29,16 +29,18 @@ def make(step=10, value=1.0, **changes):
         "tokenizer": '{"kind": "bytes"}',
         "dataset_sha256": "ab" * 32,
         "parameters": tensors,
-        "m": {name: tensor * 0.5 for name, tensor in tensors.items()},
-        "v": {name: tensor * tensor for name, tensor in tensors.items()},
+        "state": {
+            "m": {name: tensor * 0.5 for name, tensor in tensors.items()},
+            "v": {name: tensor * tensor for name, tensor in tensors.items()},
+        },
         "loss": 2.5,
     }
     return Checkpoint(**{**fields, **changes})
 
 
 def require_equal(a, b):
-    for part in ("parameters", "m", "v"):
-        one, two = getattr(a, part), getattr(b, part)
+    assert a.state.keys() == b.state.keys()
+    for one, two in [(a.parameters, b.parameters), *((a.state[name], b.state[name]) for name in a.state)]:
         assert one.keys() == two.keys()
         assert all(np.array_equal(one[name], two[name]) for name in one)
     for name in ("step", "cursor", "seed", "adam_count", "skipped_steps", "config", "tokenizer", "loss"):
@@ -50,13 +52,14 @@ def test_round_trip_built_and_streamed(tmp_path, monkeypatch, limit):
     monkeypatch.setattr(module, "IN_MEMORY_LIMIT", limit)
     save_checkpoint(tmp_path / "a.h5", make())
     require_equal(load_checkpoint(tmp_path / "a.h5"), make())
-    assert load_checkpoint(tmp_path / "a.h5", with_moments=False).m == {}
+    assert load_checkpoint(tmp_path / "a.h5", with_state=False).state == {}
 
 
 @pytest.mark.parametrize("group", ["parameters", "m", "v"])
 def test_what_is_not_finite_is_not_saved(tmp_path, group):
     bad = make()
-    getattr(bad, group)["wte.weight"][2, 1] = np.nan
+    tensors = bad.parameters if group == "parameters" else bad.state[group]
+    tensors["wte.weight"][2, 1] = np.nan
     with pytest.raises(UserError, match=r"wte\.weight holds a value that is not finite"):
         save_checkpoint(tmp_path / "a.h5", bad)
     assert not list(tmp_path.iterdir())
@@ -64,7 +67,7 @@ def test_what_is_not_finite_is_not_saved(tmp_path, group):
 
 def test_what_is_not_finite_is_not_loaded(tmp_path, monkeypatch):
     bad = make()
-    bad.v["wte.weight"][0, 0] = np.inf
+    bad.state["v"]["wte.weight"][0, 0] = np.inf
     monkeypatch.setattr(module, "require_loadable", lambda _: None)
     save_checkpoint(tmp_path / "a.h5", bad)
     with pytest.raises(DamagedFile, match=r"optimizer/v/wte\.weight"):
@@ -73,7 +76,7 @@ def test_what_is_not_finite_is_not_loaded(tmp_path, monkeypatch):
 
 def test_moments_must_match_parameters(tmp_path, monkeypatch):
     bad = make()
-    bad.m["wte.weight"] = np.zeros((4, 3), np.float32)
+    bad.state["m"]["wte.weight"] = np.zeros((4, 3), np.float32)
     with pytest.raises(ValueError, match="optimizer/m"):
         save_checkpoint(tmp_path / "a.h5", bad)
     assert not list(tmp_path.iterdir())
@@ -87,7 +90,8 @@ def test_tensors_that_could_not_be_loaded_are_not_saved(tmp_path):
     ones = np.ones(3, np.float32)
     for name, tensor in (("a/b", ones), ("wte", ones.astype(np.float64)), ("line\nbreak", ones)):
         bad = make()
-        bad.parameters = bad.m = bad.v = {name: tensor}
+        bad.parameters = {name: tensor}
+        bad.state = {"m": {name: tensor}, "v": {name: tensor}}
         with pytest.raises(ValueError, match="cannot be stored"):
             save_checkpoint(tmp_path / "a.h5", bad)
 

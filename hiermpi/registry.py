@@ -1,0 +1,134 @@
+"""The names of everything that can be chosen, and the door for what comes from outside the package.
+
+A setting such as ``optimizer.rule`` takes one of the names registered here, or ``package.module:object`` for code
+of the user's own. One more rule, reduction, format or command of hiermpi's is one file and one line here. Nothing is imported
+before it is used, so that this module stands on the ground and knows nobody.
+
+Objects from outside are imported only for a text that the user wrote: on the command line, in the environment, in the
+TOML file, or in a call of the Python API. A name that stands in a checkpoint or dataset is compared with these, and
+never imported.
+"""
+
+import difflib
+import importlib
+import os
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from hiermpi.errors import UsageError
+
+OUTSIDE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
+"""``package.module:object``."""
+
+
+class Registry(Mapping[str, Any]):
+    """Objects by name, each imported when it is asked for.
+
+    Args:
+        setting: what the user calls the choice, such as ``optimizer.rule``; for messages.
+        places: the place of each object, ``package.module:object``, by its name.
+    """
+
+    def __init__(self, setting: str, places: Mapping[str, str]) -> None:
+        self.setting = setting
+        self._places = dict(places)
+
+    def __getitem__(self, name: str) -> Any:
+        return import_object(self._places[name], self.setting)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def add(self, name: str, place: str) -> None:
+        """Register an object of one's own, for this process, under ``name``."""
+        self._places[name] = place
+
+    def check(self, text: str) -> None:
+        """Refuse a text that is neither a registered name nor the place of an object. Raises UsageError."""
+        if text not in self._places and not OUTSIDE.fullmatch(text):
+            near = difflib.get_close_matches(text, self._places, n=1)
+            hint = f'; did you mean "{near[0]}"?' if near else ""
+            raise UsageError(
+                f"{self.setting} = {text!r}: expected one of {', '.join(self._places)}, or package.module:object of "
+                f"your own{hint}"
+            )
+
+    def load(self, text: str) -> Any:
+        """Import the object that ``text`` names: a registered name, or ``package.module:object``.
+
+        Raises:
+            UsageError: an unknown name, or an object that cannot be imported.
+        """
+        self.check(text)
+        return import_object(self._places.get(text, text), self.setting)
+
+
+def is_outside(text: str) -> bool:
+    """Tell whether ``text`` names an object outside the registries, ``package.module:object``."""
+    return bool(OUTSIDE.fullmatch(text))
+
+
+def import_object(place: str, setting: str) -> Any:
+    """Import ``package.module:object``, the working directory being searched last.
+
+    Raises:
+        UsageError: the module cannot be imported, or does not have the object.
+    """
+    module_name, _, path = place.partition(":")
+    folder = os.getcwd()
+    if folder not in sys.path:
+        sys.path.append(folder)  # last: a random.py of the user's must not take the place of Python's
+    try:
+        found: Any = importlib.import_module(module_name)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        raise UsageError(f"{setting} = {place}: {module_name} cannot be imported: {reason}") from error
+    for name in path.split("."):
+        if not hasattr(found, name):
+            raise UsageError(f"{setting} = {place}: {module_name} has no {path}: name an object that it defines")
+        found = getattr(found, name)
+    return found
+
+
+FAMILIES = Registry("model.family", {"gpt2": "hiermpi.model.gpt2:FAMILY"})
+RULES = Registry("optimizer.rule", {"adamw": "hiermpi.optimizer.adamw:RULE"})
+SCHEDULES = Registry(
+    "optimizer.schedule",
+    {
+        "cosine": "hiermpi.optimizer.rules:cosine",
+        "linear": "hiermpi.optimizer.rules:linear",
+        "constant": "hiermpi.optimizer.rules:constant",
+    },
+)
+ROUTINGS = Registry(
+    "hierarchy.routing",
+    {
+        "balanced": "hiermpi.hierarchy.routing:Balanced",
+        "dominant": "hiermpi.hierarchy.routing:dominant",
+        "lift": "hiermpi.hierarchy.routing:lift",
+    },
+)
+REDUCTIONS = Registry(
+    "hierarchy.reduction",
+    {
+        "shared": "hiermpi.communication.shared_reduction:REDUCTION",
+        "tree": "hiermpi.communication.tree_reduction:TreeReduction",
+        "flat": "hiermpi.communication.tree_reduction:FlatReduction",
+    },
+)
+"""In the order in which ``auto`` prefers them where they are about as fast, so that noise seldom decides."""
+READERS = Registry("--reader", {"text": "hiermpi.data.text:READER"})
+FORMATS = Registry(
+    "--format",
+    {
+        "hf": "hiermpi.interchange.huggingface:FORMAT",
+        "safetensors": "hiermpi.interchange.plain:SAFETENSORS",
+        "npz": "hiermpi.interchange.plain:NPZ",
+    },
+)
+SINKS = Registry("run.sinks", {"csv": "hiermpi.training.recording:CsvSink"})
