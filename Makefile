@@ -37,7 +37,7 @@ install: .venv/installed ## environment in .venv, with an MPI in .venv/bin/mpiex
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test]'
 	@MPI=$(MPI) sh jobs/choose-mpi.sh .venv
-	@ls hiermpi/kernels/_kernels*.so >/dev/null 2>&1 || \
+	@ls hiermpi/kernels/_layers*.so >/dev/null 2>&1 || \
 	    echo "The C kernels were not built: training uses numpy, slower. Install a C compiler and make clean install."
 	@touch $@
 

@@ -5,27 +5,17 @@ may be forbidden, and every import is paid once per rank.
 """
 
 import argparse
-import importlib
-import keyword
 import logging
 import os
 import signal
 import sys
 from collections.abc import Sequence
-from types import ModuleType
 from typing import NoReturn, TextIO
 
 from hiermpi import __version__, signals
+from hiermpi.commands import Command
 from hiermpi.errors import EXIT_ERROR, UsageError, UserError
-
-COMMANDS = (
-    *("prepare", "train", "evaluate", "generate", "report", "plan", "inspect", "verify"),
-    *("export", "import", "bench", "info"),
-)
-"""One module each in :mod:`hiermpi.commands`; in the order of a user's first day."""
-
-MPI_ALWAYS = frozenset({"train", "bench"})
-MPI_WHEN_LAUNCHED = frozenset({"evaluate", "prepare"})
+from hiermpi.registry import COMMANDS
 
 RANK_VARIABLES = ("OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK", "SLURM_PROCID")
 SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
@@ -59,16 +49,15 @@ def build_parser() -> Parser:
     )
     parser.add_argument("--version", action="version", version=f"hiermpi {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
-    for name in COMMANDS:
-        module = command_module(name)
+    for name, command in COMMANDS.items():
         child = commands.add_parser(
             name,
-            help=module.SUMMARY,
-            description=f"{module.SUMMARY}\n\n{module.EXAMPLE}",
+            help=command.summary,
+            description=f"{command.summary}\n\n{command.example}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
-        module.configure(child)
+        command.configure(child)
     return parser
 
 
@@ -87,11 +76,6 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     return arguments
 
 
-def command_module(name: str) -> ModuleType:
-    """The module of a command."""
-    return importlib.import_module(f"hiermpi.commands.{name}{'_' if keyword.iskeyword(name) else ''}")
-
-
 def launched_ranks() -> int:
     """Number of ranks that a launcher started this process with; 1 where there is none."""
     return max([int(os.environ[name]) for name in SIZE_VARIABLES if os.environ.get(name, "").isdigit()], default=1)
@@ -102,11 +86,12 @@ def launched_rank() -> int:
     return next((int(os.environ[name]) for name in RANK_VARIABLES if os.environ.get(name, "").isdigit()), 0)
 
 
-def needs_mpi(argv: Sequence[str]) -> bool:
-    """Whether the command line asks for something that ranks do together."""
-    if not argv or {"-h", "--help", "--version"} & set(argv):
+def runs_together(argv: Sequence[str]) -> bool:
+    """Tell whether the command line asks for something that ranks do together."""
+    if not argv or {"-h", "--help", "--version"} & set(argv) or argv[0] not in tuple(COMMANDS):
         return False
-    return argv[0] in MPI_ALWAYS or (argv[0] in MPI_WHEN_LAUNCHED and launched_ranks() > 1)
+    command: Command = COMMANDS[argv[0]]
+    return command.run_together is not None and (command.run is None or launched_ranks() > 1)
 
 
 def set_up_logging(rank: int) -> None:
@@ -152,7 +137,9 @@ def run_alone(argv: Sequence[str]) -> int:
         return 0
     try:
         arguments = parse(argv)
-        return command_module(arguments.command).run(arguments)
+        run = COMMANDS[arguments.command].run
+        assert run is not None
+        return run(arguments)
     except UserError as error:
         logging.getLogger("hiermpi").error("%s", error)
         return error.exit_code
@@ -167,23 +154,15 @@ def run_together(argv: Sequence[str]) -> NoReturn:
     """Run a command on all ranks; leave the process with its exit code."""
     from mpi4py import MPI
 
-    from hiermpi.communication.agreement import agree, broadcast_object
+    from hiermpi.communication.agreement import from_root
     from hiermpi.communication.shutdown import run_collectively
     from hiermpi.communication.waiting import Waiter
 
     set_up_logging(MPI.COMM_WORLD.rank)
 
     def body(world: MPI.Comm) -> int:
-        arguments, error = None, None
-        if world.rank == 0:
-            try:
-                arguments = parse(argv)
-            except UserError as caught:
-                error = caught
-        agree(world, error, Waiter())
-        arguments = broadcast_object(world, arguments, Waiter())
-        module = command_module(arguments.command)
-        return module.run_together(arguments, world)
+        arguments = from_root(world, lambda: parse(argv), Waiter())
+        return COMMANDS[arguments.command].run_together(arguments, world)
 
     run_collectively(body)
     raise AssertionError("unreachable")
@@ -195,7 +174,7 @@ def main(argv: Sequence[str]) -> int:
     for variable in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ[variable] = "1"
     set_up_logging(launched_rank())
-    if needs_mpi(argv):
+    if runs_together(argv):
         if argv[0] == "train":
             signals.listen()
         run_together(argv)

@@ -132,3 +132,21 @@ FORMATS = Registry(
     },
 )
 SINKS = Registry("run.sinks", {"csv": "hiermpi.training.recording:CsvSink"})
+COMMANDS = Registry(
+    "command",
+    {
+        "prepare": "hiermpi.commands.prepare:PREPARE",
+        "train": "hiermpi.commands.train:TRAIN",
+        "evaluate": "hiermpi.commands.evaluate:EVALUATE",
+        "generate": "hiermpi.commands.generate:GENERATE",
+        "report": "hiermpi.commands.report:REPORT",
+        "plan": "hiermpi.commands.plan:PLAN",
+        "inspect": "hiermpi.commands.inspect:INSPECT",
+        "verify": "hiermpi.commands.inspect:VERIFY",
+        "export": "hiermpi.commands.exchange:EXPORT",
+        "import": "hiermpi.commands.exchange:IMPORT",
+        "bench": "hiermpi.commands.bench:BENCH",
+        "info": "hiermpi.commands.info:INFO",
+    },
+)
+"""In the order of a user's first day."""

@@ -4,9 +4,11 @@ Signals that come while the program is still being loaded are remembered, where 
 """
 
 import signal
+import threading
 import time
 from collections.abc import Callable
 from types import FrameType
+from typing import Any
 
 FILE_CHECK_SECONDS = 0.5
 STOP_SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
@@ -29,9 +31,11 @@ def remember(number: int, frame: FrameType | None) -> None:
 class StopRequests:
     """Collects this rank's reasons to stop; the ranks agree on them in the step's own exchange.
 
+    Takes the signals that ask for a stop when it is made, and gives them back at the end of its context.
+
     Args:
-        stop_file_exists: asked at most every half second (root only).
-        seconds: time limit from now.
+        stop_file_exists: Asked at most every half second (root only).
+        seconds: The time limit from now.
     """
 
     def __init__(
@@ -42,8 +46,17 @@ class StopRequests:
         self._stop_file_exists = stop_file_exists
         self._deadline = time.monotonic() + seconds
         self._next_check = 0.0
-        for number in STOP_SIGNALS:
-            signal.signal(number, self._on_signal)
+        self._before: dict[int, Any] = {}
+        if threading.current_thread() is threading.main_thread():  # Python gives signals to no other
+            self._before = {number: signal.signal(number, self._on_signal) for number in STOP_SIGNALS}
+
+    def __enter__(self) -> "StopRequests":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+        self._before = {}
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.reason:
@@ -61,7 +74,13 @@ class StopRequests:
                 self.reason = "the STOP file"
         return bool(self.reason)
 
-    def release(self) -> None:
-        """Give the signals back to their defaults, all but the one that a scheduler may still send."""
-        for number in STOP_SIGNALS:
-            signal.signal(number, signal.SIG_DFL if number != signal.SIGUSR1 else signal.SIG_IGN)
+
+class NeverStop(StopRequests):
+    """Asks for nothing and takes no signal: for what is done without a run, such as an evaluation."""
+
+    def __init__(self) -> None:
+        self.reason = ""
+        self._before = {}
+
+    def requested(self) -> bool:
+        return False

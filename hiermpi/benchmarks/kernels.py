@@ -7,10 +7,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hiermpi.benchmarks.measuring import interleaved, row
-from hiermpi.kernels import LEVELS, Kernels, find_library, load_kernels
-from hiermpi.kernels.layers import ReferenceKernels, padded
-from hiermpi.optimizer.adamw import adamw_update
-from hiermpi.optimizer.norm import block_sums
+from hiermpi.kernels import Kernels, available_levels, load_kernels
+from hiermpi.kernels.layers import padded
 
 SHAPES = {"nano": (12, 64, 4, 32), "medium": (8, 256, 6, 64)}
 """B, T, H, D: nanoGPT's CPU configuration, and 6 heads of 64 at 256 tokens."""
@@ -19,10 +17,8 @@ VOCABULARY = 256
 
 def bench_kernels(rounds: int = 15) -> dict[str, Any]:
     """Rows per kernel, level and shape; ratios of numpy's median to the best level's."""
-    kernels: dict[str, Kernels] = {"numpy": ReferenceKernels()}
-    library = find_library()
-    if library is not None:
-        kernels |= {level: load_kernels(level) for level in LEVELS[: library.supported_level() + 1]}
+    kernels: dict[str, Kernels] = {"numpy": load_kernels("numpy")}
+    kernels |= {level: load_kernels(level) for level in available_levels()}
     rows, ratios = [], {}
     for shape_name, shape in SHAPES.items():
         calls = {level: calls_of(chosen, shape) for level, chosen in kernels.items()}
@@ -57,23 +53,8 @@ def calls_of(kernels: Kernels, shape: tuple[int, int, int, int]) -> dict[str, Ca
 
     def adamw() -> None:
         parameters, gradients, m, v = vectors
-        adamw_update(
-            parameters,
-            gradients,
-            m,
-            v,
-            count=1,
-            learning_rate=1e-9,
-            beta1=0.9,
-            beta2=0.99,
-            weight_decay=0.1,
-            decay_ranges=[(0, len(m), True)],
-            scale=1e-3,
-            out_parameters=parameters,
-            out_m=m,
-            out_v=v,
-            kernels=kernels,
-        )
+        numbers = (1e-3, 0.9, 0.99, 1e-8, 1.0, 1e-8, 1.0)
+        kernels.adamw((parameters, m, v, parameters, gradients, m, v), *numbers)
 
     square, product = some(channels, 4 * channels), np.empty((rows, 4 * channels), np.float32)
     up = np.ascontiguousarray(square.T)
@@ -95,5 +76,5 @@ def calls_of(kernels: Kernels, shape: tuple[int, int, int, int]) -> dict[str, Ca
         "attention_backward": lambda: kernels.attention_backward(dqkv, qkv_bias, x, p, qkv, qkv_bias, shape),
         "cross_entropy": lambda: kernels.cross_entropy(logits, targets, True),
         "adamw": adamw,
-        "norm_blocks": lambda: block_sums(vectors[1], blocks, sums, kernels),
+        "norm_blocks": lambda: kernels.block_sums(sums, vectors[1], blocks),
     }

@@ -10,16 +10,14 @@ from typing import Any
 import numpy as np
 from mpi4py import MPI
 
-from hiermpi.benchmarks.step import make_trainer
+from hiermpi.benchmarks.step import make_trainer, step_flops
 from hiermpi.communication.agreement import broadcast_object
 from hiermpi.communication.communicators import Communicators, usable_cores
 from hiermpi.communication.waiting import Waiter
 from hiermpi.config.schema import Config
-from hiermpi.kernels import load_kernels
-from hiermpi.model.contract import Batch
-from hiermpi.model.transformer import Transformer, flops_per_token
-from hiermpi.model.workspace import micro_batch_sequences
+from hiermpi.model.contract import Batch, WritingModel, micro_batch_sequences
 from hiermpi.planning.cost import Line, Machine, leaf_seconds, predict
+from hiermpi.training.assembly import assemble
 from hiermpi.training.batches import BatchSource
 from hiermpi.training.trainer import Trainer
 
@@ -48,7 +46,7 @@ def measure_machine(config: Config, world: MPI.Comm, rows: list[dict[str, Any]])
         date=datetime.datetime.now(tz=datetime.UTC).date().isoformat(),
         cores=cores,
         ranks=world.size,
-        token_flops=flops_per_token(config.model),
+        token_flops=step_flops(config) / (config.train.batch_size * config.model.context_length),
         token_seconds=token,
         call_seconds=call,
         sum_rate=sum_rate(rows, world.size),
@@ -70,22 +68,32 @@ def compute_seconds(config: Config, world: MPI.Comm, n: int, waiter: Waiter) -> 
     several = max(2, min(micro_batch_sequences(model, config.train.micro_batch_size), 8))
     medians = np.zeros(2)
     if world.rank < n:
-        transformer = Transformer(model, micro_batch_size=several, kernels=load_kernels())
-        transformer.initialize(1)
-        gradients = transformer.parameters.new_vector()
+        alone = Communicators(MPI.COMM_SELF, model.symmetry_order)
+        single = dataclasses.replace(
+            config,
+            train=dataclasses.replace(config.train, micro_batch_size=several),
+            hierarchy=dataclasses.replace(config.hierarchy, reduction="flat"),
+        )
+        rank = assemble(single, alone, data=None, training=False)
+        gradients = rank.model.parameters.new_vector()
         tokens = np.random.default_rng(world.rank).integers(0, model.vocab_size, (several, model.context_length + 1))
     for index, sequences in enumerate((1, several)):
         idle_barrier(world)
         if world.rank < n:
             rows = tokens[:sequences].astype(np.int32)
             batch = Batch(rows[:, :-1], rows[:, 1:], np.arange(sequences), 1, 1)
+            writes = isinstance(rank.model, WritingModel)
+            compute = rank.model.write_gradients if writes else rank.model.loss_and_gradients  # type: ignore[attr-defined]
             taken: list[float] = []
             begun = time.perf_counter()
             while len(taken) <= TURNS or time.perf_counter() - begun < COMPUTE_SECONDS:
                 start = time.process_time()
-                transformer.write_gradients(batch, gradients)
+                compute(batch, gradients)
                 taken.append(time.process_time() - start)
             medians[index] = statistics.median(taken[1:])
+    if world.rank < n:
+        rank.free()
+        alone.free()
     idle_barrier(world)
     waiter.wait(world.Iallreduce(MPI.IN_PLACE, medians))
     one, many = medians / n
@@ -121,11 +129,11 @@ def with_overheads(machine: Machine, config: Config, world: MPI.Comm, few: int, 
         some = world.Split(0 if world.rank < ranks else MPI.UNDEFINED, world.rank)
         if some != MPI.COMM_NULL:
             comms = Communicators(some, config.model.symmetry_order, config.hierarchy.coordinators)
-            trainer = make_trainer(config, comms, load_kernels())
+            trainer = make_trainer(config, comms)
             seconds = step_seconds(trainer, comms)
             if world.rank == 0:
                 machine = dataclasses.replace(machine, **readings(machine, config, trainer, seconds, ranks))
-            trainer.reduction.free()
+            trainer.rank.free()
             comms.free()
             some.Free()
         idle_barrier(world)
@@ -143,10 +151,11 @@ def step_seconds(trainer: Trainer, comms: Communicators) -> list[float]:
 def readings(machine: Machine, config: Config, trainer: Trainer, seconds: list[float], ranks: int) -> dict[str, Any]:
     """The fields of :class:`Machine` that steps of ``ranks`` ranks tell."""
     phases, steps, topology = trainer.phases, len(seconds) + WARM_UP, trainer.comms.topology
-    assert trainer.optimizer is not None
+    optimizer = trainer.rank.optimizer
+    assert optimizer is not None
     assert trainer.source is not None
     fixed, each = batch_seconds(trainer.source)
-    owned = trainer.optimizer.elements
+    owned = optimizer.elements
     known: dict[str, Any] = {"batch_seconds": each}
     alone = ranks <= machine.cores
     if owned and alone:

@@ -2,8 +2,8 @@
 
 import os
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from mpi4py import MPI
@@ -11,25 +11,26 @@ from numpy.typing import NDArray
 
 from hiermpi.benchmarks.measuring import interleaved, row
 from hiermpi.communication.agreement import broadcast_object
-from hiermpi.communication.autotune import make_reduction
 from hiermpi.communication.communicators import Communicators, usable_cores
-from hiermpi.communication.reduction import Reduction, chunked
-from hiermpi.communication.shared_reduction import SharedReduction
-from hiermpi.hierarchy.ownership import owned_by_root
+from hiermpi.communication.reduction import Reduction, Vectors, chunked, make_reduction
+from hiermpi.config.schema import listed
+from hiermpi.hierarchy.ownership import Ownership, owned_by_root
 from hiermpi.hierarchy.topology import block_bounds
+from hiermpi.registry import REDUCTIONS
 
 SECONDS_PER_SIZE = 15.0
 CALLS_BELOW = 1_000_000
 """Floats below which a turn is several calls: ranks leave the barrier between turns a little apart."""
 
 
-def bench_reduce(world: MPI.Comm, largest: int = 10**8, rounds: int = 12) -> dict[str, Any]:
+def bench_reduce(world: MPI.Comm, setting: str = "auto", largest: int = 10**8, rounds: int = 12) -> dict[str, Any]:
     """Rows per method and size, ratios at each size, notes on what did not fit, and the number of nodes.
 
     A call sums gradients to the root and gives every rank the root's parameters. ``sum bandwidth`` is what the cores
     of a node reach who sum the same buffers into one without waiting for anybody. Collective over ``world``.
     """
     comms = Communicators(world, 12)
+    names = named_reductions(setting)
     rows: list[dict[str, Any]] = []
     ratios: dict[str, float] = {}
     notes: list[str] = []
@@ -40,15 +41,16 @@ def bench_reduce(world: MPI.Comm, largest: int = 10**8, rounds: int = 12) -> dic
         if needed > memory:
             notes.append(f"{n:,} floats: not measured, {needed / 1e9:.1f} GB are over two thirds of the free memory")
             break
-        here = bench_size(comms, n, rounds)
+        here = bench_size(comms, names, n, rounds)
         rows += here
         medians = {entry["method"]: entry["median_s"] for entry in here}
-        best = min(medians[name] for name in ("tree", "shared", "flat") if name in medians)
+        best = min(medians[name] for name in names if name in medians)
         ratios |= {
             f"{name} / shared at {n:,}": medians[name] / medians["shared"]
-            for name in ("Allreduce", "Reduce + Bcast", "tree")
+            for name in ("Allreduce", "Reduce + Bcast", *names)
+            if name != "shared"
         }
-        ratios[f"auto / best of tree, shared, flat at {n:,}"] = medians["auto"] / best
+        ratios[f"auto / best of {', '.join(names)} at {n:,}"] = medians["auto"] / best
         if "sum bandwidth" in medians:
             ratios[f"sum bandwidth reached by shared at {n:,}"] = medians["sum bandwidth"] / medians["shared"]
         n *= 10
@@ -57,21 +59,27 @@ def bench_reduce(world: MPI.Comm, largest: int = 10**8, rounds: int = 12) -> dic
     return {"rows": rows, "ratios": ratios, "notes": notes, "nodes": nodes}
 
 
-def bench_size(comms: Communicators, n: int, rounds: int) -> list[dict[str, Any]]:
+def named_reductions(setting: str) -> list[str]:
+    """Return the registered reductions, and those from outside that ``setting`` lists."""
+    return [*REDUCTIONS, *(name for name in listed(setting) if name != "auto" and name not in REDUCTIONS)]
+
+
+def bench_size(comms: Communicators, names: Sequence[str], n: int, rounds: int) -> list[dict[str, Any]]:
     """Rows at one size. Collective over the hierarchy."""
-    ownership = owned_by_root(n)
-    chosen = make_reduction("auto", comms, ownership).reduction
-    name = chosen.name
-    chosen.free()
+    ownership, vectors = owned_by_root(n), Vectors(state=())
+    chosen = make_reduction(",".join(names), comms, ownership, vectors)
+    name = next(entry for entry in names if entry == chosen.choice)
+    chosen.reduction.free()
     del chosen  # and its memory, before the same is taken again
-    made = {kind: make_reduction(kind, comms, ownership).reduction for kind in ("tree", "shared", "flat")}
+    made = {kind: make_reduction(kind, comms, ownership, vectors).reduction for kind in names}
     # One vector for all: what is timed is the way, not the memory.
-    gradients, parameters = made["shared"].gradient_vector(), made["shared"].parameter_slots()[0]
+    sharing = next((how for how in made.values() if how.shares_memory), next(iter(made.values())))
+    gradients, parameters = sharing.gradient_vector(), sharing.parameter_slots()[0]
     methods = {kind: both_ways(how, gradients, parameters) for kind, how in made.items()}
     methods["auto"] = methods[name]
     methods |= plain_mpi(comms, gradients)
-    if isinstance(made["shared"], SharedReduction):
-        methods["sum bandwidth"] = own_bandwidth(comms, made["shared"])
+    if isinstance(sharing, SumsParts):
+        methods["sum bandwidth"] = own_bandwidth(comms, sharing)
     calls = max(1, min(20, CALLS_BELOW // n))
     repeated = {kind: several(method, calls) for kind, method in methods.items()}
     barrier = lambda: comms.waiter.wait(comms.world.Ibarrier())  # noqa: E731
@@ -141,7 +149,17 @@ def plain_mpi(comms: Communicators, vector: NDArray[np.float32]) -> dict[str, Ca
     }
 
 
-def own_bandwidth(comms: Communicators, shared: SharedReduction) -> Callable[[], None]:
+@runtime_checkable
+class SumsParts(Protocol):
+    """A reduction that sums a part of the vector over its node's gradients, waiting for nobody."""
+
+    ownership: Ownership
+
+    def sum_part(self, start: int, stop: int) -> None:
+        """Sum these elements."""
+
+
+def own_bandwidth(comms: Communicators, shared: SumsParts) -> Callable[[], None]:
     """The sum of a node's gradients where they lie, each of its cores a part, nobody waiting for anybody."""
     summing = min(comms.node.size, usable_cores())
     bounds, place = block_bounds(shared.ownership.size, summing), comms.node.rank

@@ -10,6 +10,7 @@ alone, the floor under everybody.
 import dataclasses
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -19,25 +20,13 @@ from numpy.typing import NDArray
 
 from hiermpi.benchmarks.measuring import interleaved, row
 from hiermpi.communication.agreement import broadcast_object
-from hiermpi.communication.autotune import make_reduction
 from hiermpi.communication.communicators import Communicators
-from hiermpi.communication.compute_slots import make_turns
-from hiermpi.communication.scatter import make_scatter
 from hiermpi.config.schema import Config
-from hiermpi.data.rows import ID_COLUMNS
-from hiermpi.data.sampling import Sampler
-from hiermpi.hierarchy.routing import Router
-from hiermpi.kernels import Kernels, load_kernels
-from hiermpi.kernels.compiled import CompiledKernels
-from hiermpi.model.symmetry import symmetry_groups
-from hiermpi.model.transformer import Transformer, flops_per_token
-from hiermpi.optimizer.slots import slots_of
-from hiermpi.optimizer.sums import routed_together, summed_type
-from hiermpi.signals import StopRequests
-from hiermpi.training.batches import BatchSource
-from hiermpi.training.phases import Phases
-from hiermpi.training.placement import make_optimizer, optimizer_settings, ownership_of
-from hiermpi.training.trainer import Progress, Trainer
+from hiermpi.kernels import load_kernels, using_kernels
+from hiermpi.model.contract import load_family
+from hiermpi.model.parameters import symmetry_groups
+from hiermpi.training.assembly import assemble
+from hiermpi.training.trainer import Trainer
 
 CORPUS_TOKENS = 1 << 20
 Steps = Callable[[int], None]
@@ -50,10 +39,12 @@ SETTLING_SECONDS = 0.25
 
 
 class RandomTokens:
-    """A corpus in memory."""
+    """A corpus in memory, the same tokens for training and validation."""
 
-    def __init__(self, vocab_size: int) -> None:
+    def __init__(self, vocab_size: int, symmetry_order: int) -> None:
         self.tokens = np.random.default_rng(0).integers(0, vocab_size, CORPUS_TOKENS).astype(np.uint16)
+        self.symmetry_group = symmetry_groups(None, vocab_size, symmetry_order)
+        self.counts = np.bincount(self.tokens, minlength=vocab_size)
 
     def length(self, split: str) -> int:
         return len(self.tokens)
@@ -65,50 +56,11 @@ class RandomTokens:
         return self.tokens[starts[:, None] + np.arange(length)].astype(np.int32)
 
 
-def make_trainer(config: Config, comms: Communicators, kernels: Kernels) -> Trainer:
-    """A trainer on random tokens. Collective over the hierarchy."""
-    model_config, root = config.model, comms.rank == 0
-    groups = symmetry_groups(None, model_config.vocab_size, model_config.symmetry_order)
-    ownership = ownership_of(config, comms.topology, groups)
-    dtype, slots = summed_type(config), slots_of(config)
-    reduction = make_reduction(config.hierarchy.reduction, comms, ownership, dtype, slots=slots).reduction
-    model = Transformer(
-        model_config,
-        storage=reduction.parameter_slots(),
-        micro_batch_size=config.train.micro_batch_size,
-        kernels=kernels,
-    )
-    if root:
-        model.initialize(config.train.seed)
-    reduction.share(model.parameters.vector)
-    turns = make_turns(comms, model, config.run.threads_per_rank)
-    source = None
-    optimizer = make_optimizer(config, model, reduction.moment_slots(), ownership, comms.rank, kernels)
-    if root:
-        tokens = RandomTokens(model_config.vocab_size)
-        counts = np.bincount(tokens.tokens, minlength=model_config.vocab_size)
-        router = Router(comms.topology, config.hierarchy.routing, groups, counts, routed_together(config))
-        sampler = Sampler(CORPUS_TOKENS, model_config.context_length, config.train.seed)
-        source = BatchSource(tokens, sampler, router, model.symmetry.row_of_token, config.train.batch_size)
-    return Trainer(
-        config,
-        comms,
-        model,
-        reduction,
-        make_scatter(
-            comms,
-            ID_COLUMNS + model_config.context_length + 1,
-            config.train.batch_size,
-            in_memory=reduction.name == "shared",
-        ),
-        Phases(comms.rank, comms.waiter),
-        StopRequests(),
-        turns,
-        Progress(),
-        optimizer_settings(config).learning_rate,
-        source,
-        optimizer,
-    )
+def make_trainer(config: Config, comms: Communicators) -> Trainer:
+    """Put a rank together as ``train`` does, on random tokens. Collective over the hierarchy."""
+    data = RandomTokens(config.model.vocab_size, config.model.symmetry_order) if comms.rank == 0 else None
+    rank = assemble(config, comms, data=data)
+    return Trainer(rank, rank.batch_source(data) if data else None)
 
 
 def bench_step(config: Config, world: MPI.Comm, rounds: int = 12, peers: bool = True) -> dict[str, Any]:
@@ -121,13 +73,12 @@ def bench_step(config: Config, world: MPI.Comm, rounds: int = 12, peers: bool = 
         peers: whether to measure PyTorch.
     """
     comms = Communicators(world, config.model.symmetry_order, config.hierarchy.coordinators)
-    trainers = {"hiermpi": make_trainer(config, comms, load_kernels())}
+    trainers = {"hiermpi": make_trainer(config, comms)}
     if load_kernels().name != "numpy":
-        trainers["hiermpi numpy kernels"] = make_trainer(config, comms, load_kernels("numpy"))
+        with using_kernels("numpy"):
+            trainers["hiermpi numpy kernels"] = make_trainer(config, comms)
     exact = dataclasses.replace(config.hierarchy, reproducible=True)
-    trainers["hiermpi reproducible"] = make_trainer(
-        dataclasses.replace(config, hierarchy=exact), comms, load_kernels()
-    )
+    trainers["hiermpi reproducible"] = make_trainer(dataclasses.replace(config, hierarchy=exact), comms)
     steps = steps_per_turn(trainers["hiermpi"], comms)
 
     def stepping(trainer: Trainer) -> Steps:
@@ -138,12 +89,14 @@ def bench_step(config: Config, world: MPI.Comm, rounds: int = 12, peers: bool = 
         return some_steps
 
     methods: dict[str, Steps] = {name: stepping(trainer) for name, trainer in trainers.items()}
-    methods["sgemm"] = _sgemm(config, comms)
-    kernels = load_kernels()
-    if isinstance(kernels, CompiledKernels):
-        share = flops_per_token(config.model) * config.train.batch_size * config.model.context_length / comms.size
-        methods["fma peak"] = lambda count: kernels.multiply_adds(count * share)
+    tokens = config.train.batch_size * config.model.context_length
+    flops = step_flops(config)
+    if flops:
+        methods["sgemm"] = _sgemm(max(1, tokens // comms.size), config.model.n_embd, flops / comms.size)
+        methods["fma peak"] = _fma_peak(config.run.threads_per_rank, flops / comms.size)
     notes = _add_peers(methods, config, comms) if peers else ["no peer was asked for"]
+    if not flops:
+        notes.append(f"no rates: {config.model.family} does not give flops_per_token")
 
     def settle() -> None:
         comms.waiter.wait(comms.world.Ibarrier())
@@ -156,15 +109,13 @@ def bench_step(config: Config, world: MPI.Comm, rounds: int = 12, peers: bool = 
         settle,
         {name: partial(method, WARM_UP_STEPS) for name, method in methods.items()},
     )
-    tokens = config.train.batch_size * config.model.context_length
-    flops = flops_per_token(config.model) * tokens
     rows = [
         row(
             name,
             comms.size,
             tokens,
             [s / steps for s in taken],
-            gflops=flops * steps / sorted(taken)[len(taken) // 2] / 1e9,
+            **({"gflops": flops * steps / sorted(taken)[len(taken) // 2] / 1e9} if flops else {}),
         )
         for name, taken in seconds.items()
     ]
@@ -177,9 +128,9 @@ def bench_step(config: Config, world: MPI.Comm, rounds: int = 12, peers: bool = 
         ratios[f"best of PyTorch ({best}) / hiermpi"] = torches[best] / ours
         if "fma peak" in medians:
             ratios[f"best of PyTorch ({best}) / fma peak"] = torches[best] / medians["fma peak"]
-    phases = trainers["hiermpi"].phases
+    phases = trainers["hiermpi"].rank.phases
     for trainer in trainers.values():
-        trainer.reduction.free()
+        trainer.rank.free()
     result = {"rows": rows, "ratios": ratios, "notes": notes, "phases": phases.seconds, "waits": phases.waits}
     comms.free()
     return result
@@ -192,18 +143,35 @@ def steps_per_turn(trainer: Trainer, comms: Communicators) -> int:
     return broadcast_object(comms.world, max(1, min(20, round(TURN_SECONDS / seconds))), comms.waiter)
 
 
-def _sgemm(config: Config, comms: Communicators) -> Steps:
-    """The model's flops of a step as one large product per rank: what the machine's BLAS reaches at these widths."""
-    width = config.model.n_embd
-    rows = max(1, config.train.batch_size * config.model.context_length // comms.size)
+def step_flops(config: Config) -> float:
+    """The floating-point operations of a step; 0 where the model's family does not give them."""
+    of_token = getattr(load_family(config.model.family), "flops_per_token", None)
+    tokens = config.train.batch_size * config.model.context_length
+    return of_token(config.model) * tokens if of_token else 0.0
+
+
+def _sgemm(rows: int, width: int, flops: float) -> Steps:
+    """Do a rank's operations of a step as one large product: what the machine's BLAS reaches at these widths."""
     a = np.ones((rows, width), np.float32)
     b, out = np.ones((width, 4 * width), np.float32), np.empty((rows, 4 * width), np.float32)
-    flops = flops_per_token(config.model) * rows
     repeats = max(1, round(flops / (2.0 * rows * width * 4 * width)))
 
     def multiply(count: int) -> None:
         for _ in range(count * repeats):
             np.matmul(a, b, out=out)
+
+    return multiply
+
+
+def _fma_peak(threads: int, flops: float) -> Steps:
+    """Do a rank's operations of a step as multiply-adds on registers alone, on all of its threads."""
+    kernels = load_kernels()
+    if threads == 1:
+        return lambda count: kernels.multiply_adds(count * flops)
+    pool = ThreadPoolExecutor(threads)
+
+    def multiply(count: int) -> None:
+        list(pool.map(kernels.multiply_adds, [count * flops / threads] * threads))
 
     return multiply
 

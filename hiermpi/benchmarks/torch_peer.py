@@ -75,8 +75,9 @@ def torch_methods(config: Config, comms: Communicators) -> tuple[dict[str, Calla
             "gloo", init_method=f"tcp://{host}:{port}", rank=comms.rank, world_size=comms.size
         )
         parallel = nn.parallel.DistributedDataParallel(Peer(config.model))
-        methods["torch DDP"] = stepping(parallel, config, share, os.sched_getaffinity(0), 1)
-        notes.append(f"torch DDP over gloo: {comms.size} processes of 1 thread")
+        threads = config.run.threads_per_rank
+        methods["torch DDP"] = stepping(parallel, config, share, os.sched_getaffinity(0), threads)
+        notes.append(f"torch DDP over gloo: {comms.size} processes of {threads} thread{'s' if threads > 1 else ''}")
     for compiled in (False, True):
         name = "torch compiled" if compiled else "torch"
         if comms.rank != 0:

@@ -1,15 +1,19 @@
 """``hiermpi bench``: side-by-side measurements on this machine."""
 
 import argparse
+import dataclasses
 import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hiermpi.commands import Command
 from hiermpi.config.loading import add_config_arguments
 
 if TYPE_CHECKING:
     from mpi4py import MPI
+
+    from hiermpi.config.schema import Config
 
 SUMMARY = "measure kernels, the training step or the reductions, side by side in one run"
 EXAMPLE = """\
@@ -61,47 +65,38 @@ def bench_reduce_and_machine(arguments: argparse.Namespace, world: "MPI.Comm") -
     """Measure the reductions; on one node, also what plan predicts from, and keep that. Collective over ``world``."""
     from hiermpi.benchmarks.machine import measure_machine
     from hiermpi.benchmarks.reduce import bench_reduce
-    from hiermpi.communication.agreement import agree
+    from hiermpi.communication.agreement import agreed
     from hiermpi.communication.waiting import Waiter
-    from hiermpi.errors import UserError
+    from hiermpi.planning.cost import default_path, keep_machine
 
     config = resolved_config(arguments, world)
-    result = bench_reduce(world, arguments.largest, arguments.rounds)
+    result = bench_reduce(world, config.hierarchy.reduction, arguments.largest, arguments.rounds)
     if result.pop("nodes") > 1:
         result["notes"].append("several nodes: what plan predicts from is measured on one")
         return result
-    machine, error = measure_machine(config, world, result["rows"]), None
-    if world.rank == 0:
-        from hiermpi.planning.machine_file import default_path, keep_machine
-
-        path = arguments.machine or default_path()
-        try:
+    machine = measure_machine(config, world, result["rows"])
+    with agreed(world, Waiter()):
+        if world.rank == 0:
+            path = arguments.machine or default_path()
             keep_machine(path, machine)
             result["machine"] = json.loads(machine.to_json())
             result["notes"].append(f"kept in {path}: hiermpi plan predicts from it")
-        except UserError as caught:
-            error = caught
-    agree(world, error, Waiter())
     return result
 
 
-def resolved_config(arguments: argparse.Namespace, world: "MPI.Comm") -> Any:
-    """The configuration, read on rank 0 and the same on every rank. Collective over ``world``."""
-    import dataclasses
-
-    from hiermpi.communication.agreement import agree, broadcast_object
+def resolved_config(arguments: argparse.Namespace, world: "MPI.Comm") -> "Config":
+    """Read the configuration on rank 0, for every rank. Collective over ``world``."""
+    from hiermpi.communication.agreement import from_root
     from hiermpi.communication.waiting import Waiter
-    from hiermpi.errors import UserError
 
-    config, error = None, None
-    if world.rank == 0:
+    def read() -> "Config":
         from hiermpi.config.loading import load_config
 
-        try:
-            config = load_config(arguments, os.environ)
-            model = dataclasses.replace(config.model, vocab_size=config.model.vocab_size or 256)
-            config = dataclasses.replace(config, model=model)
-        except UserError as caught:
-            error = caught
-    agree(world, error, Waiter())
-    return broadcast_object(world, config, Waiter())
+        config = load_config(arguments, os.environ)
+        model = dataclasses.replace(config.model, vocab_size=config.model.vocab_size or 256)
+        return dataclasses.replace(config, model=model)
+
+    return from_root(world, read, Waiter())
+
+
+BENCH = Command(SUMMARY, EXAMPLE, configure, run_together=run_together)

@@ -5,6 +5,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hiermpi.commands import Command, add_family_argument, given_family
+
 if TYPE_CHECKING:
     from mpi4py import MPI
 
@@ -21,21 +23,23 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", type=Path, required=True, metavar="FILE", help="dataset made by hiermpi prepare")
     parser.add_argument("--split", choices=("train", "val"), default="val", help="(default: val)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    add_family_argument(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Evaluate in this process."""
-    from hiermpi.training.scoring import score_alone
+    from hiermpi.training.evaluation import evaluate
 
-    report(score_alone(arguments.source, arguments.data, arguments.split), arguments.json)
+    report(evaluate(arguments.source, arguments.data, arguments.split, family=given_family(arguments)), arguments.json)
     return 0
 
 
 def run_together(arguments: argparse.Namespace, world: "MPI.Comm") -> int:
     """Evaluate on all ranks. Collective over ``world``."""
-    from hiermpi.training.scoring import score_together
+    from hiermpi.training.evaluation import evaluate
 
-    result = score_together(arguments.source, arguments.data, arguments.split, world)
+    family = given_family(arguments)
+    result = evaluate(arguments.source, arguments.data, arguments.split, family=family, comm=world)
     if world.rank == 0:
         report(result, arguments.json)
     return 0
@@ -50,3 +54,6 @@ def report(result: dict[str, str | float | int], as_json: bool) -> None:
     print(f"{'loss':16}{result['loss']:.4f} nats per token")
     print(f"{'perplexity':16}{result['perplexity']:.3f}")
     print(f"{'bits per byte':16}{result['bits_per_byte']:.4f}")
+
+
+EVALUATE = Command(SUMMARY, EXAMPLE, configure, run, run_together)

@@ -5,6 +5,8 @@ import importlib.metadata
 import os
 import platform
 
+from hiermpi.commands import Command
+
 SUMMARY = "tell which MPI, BLAS, HDF5 and cores this installation uses"
 EXAMPLE = """\
 example:
@@ -84,3 +86,6 @@ def processor() -> str:
             return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.machine()
+
+
+INFO = Command(SUMMARY, EXAMPLE, configure, run)

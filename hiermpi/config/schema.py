@@ -6,6 +6,7 @@ fields is checked in ``__post_init__``. The names are a contract: a field is a T
 """
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Annotated, Any, Literal
 
@@ -77,12 +78,6 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         require_known(FAMILIES, self.family)
-        if self.n_embd % self.n_head:
-            below = self.n_embd - self.n_embd % self.n_head
-            choices = f"{below} or {below + self.n_head}" if below else f"{self.n_head}"
-            raise ValueError(
-                f"model.n_embd = {self.n_embd} is not a multiple of model.n_head = {self.n_head}: use {choices}"
-            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,6 +200,17 @@ class Config:
     lattice: LatticeConfig = LatticeConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     run: RunConfig = RunConfig()
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any]) -> "Config":
+        """Make the configuration of ``{"section.field": value}``; what is not named has its default.
+
+        Raises:
+            UsageError: An unknown setting, or a value of the wrong type or out of range.
+        """
+        from hiermpi.config.loading import config_from_flat
+
+        return config_from_flat(settings, "Config.of")
 
 
 SECTIONS: dict[str, type] = {section.name: section.type for section in fields(Config)}  # type: ignore[misc]

@@ -8,17 +8,15 @@ is symmetric. The coupling adds
     loss(E) = coupling / 4 * sum over t of sum over neighbours n of t of |E_t - E_n|^2
 
 whose gradient in row t is coupling * ((k + 1) E_t - (sum over the shell, t included) - E_partner), k being the number
-of neighbours. The table is class-major (:mod:`hiermpi.model.symmetry`), so classes are slices of rows.
+of neighbours. The table is class-major (:mod:`hiermpi.model.parameters`), so classes are slices of rows.
 """
 
 from collections.abc import Collection
-from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hiermpi.kernels.loops import compiled_loops
-from hiermpi.kernels.memory import address_of, plain_float32
+from hiermpi.kernels.loops import pull_together
 
 
 class Lattice:
@@ -51,28 +49,5 @@ class Lattice:
 
         Returns (S,) the share of each of these classes in the loss, for the (V, C) ``table``.
         """
-        losses = np.zeros(len(self._factors))
         chosen = range(len(self._factors)) if classes is None else classes
-        loops, width = compiled_loops(), table.shape[1]
-        if loops is not None and plain_float32(out, table):
-            for index in chosen:
-                arrays = (out, table, self.bounds, self._factors[index])
-                losses[index] = coupling * loops.pull_together(
-                    *map(address_of, arrays), len(losses), index, width, coupling
-                )
-            return losses
-        shells = np.zeros((self.deepest, width), table.dtype)
-        for start, stop in pairwise(self.bounds):
-            shells[: stop - start] += table[start:stop]
-        for index in chosen:
-            start, stop = self.bounds[index : index + 2]
-            rows = table[start:stop]
-            pull = rows * self._factors[index]
-            pull -= shells[: stop - start]
-            even = (stop - start) & ~1  # places 2i and 2i + 1 are partners; a last odd one has none
-            pairs, pulled = rows[:even].reshape(-1, 2, width), pull[:even].reshape(-1, 2, width)
-            pulled -= pairs[:, ::-1]
-            losses[index] = 0.5 * coupling * float(np.vdot(rows, pull))
-            pull *= table.dtype.type(coupling)
-            out[start:stop] += pull
-        return losses
+        return pull_together(out, table, self.bounds, self._factors, coupling, chosen)

@@ -93,20 +93,29 @@ def owned_by_root(size: int) -> Ownership:
 
 
 def assign(
-    bounds: NDArray[np.int64], classes: NDArray[np.int64], topology: Topology, placement: str
+    bounds: NDArray[np.int64],
+    classes: NDArray[np.int64],
+    topology: Topology,
+    placement: str,
+    together: NDArray[np.int64] | None = None,
 ) -> Ownership:
-    """The owners of the blocks under ``placement``.
+    """Give each block its owner under ``placement``.
 
     Args:
-        bounds, classes: see :class:`Ownership`.
-        topology: the ranks.
+        bounds: See :class:`Ownership`.
+        classes: See :class:`Ownership`.
+        topology: The ranks.
         placement: ``root`` or ``sharded``.
+        together: (n,) a number for each block of a tensor that one owner must hold whole, the same for all of its blocks;
+            :data:`FREE` for other blocks. By default there is no such tensor.
     """
     ranks = [0, *topology.control_ranks]
     if placement == "root" or len(ranks) == 1:
         return Ownership(bounds, np.zeros(len(classes), np.int64), classes, ranks)
     fixed = np.where(classes < 0, FREE, topology.group_of_class[np.maximum(classes, 0)] + 1)
     members = [number for number in range(len(ranks)) if number or topology.is_leaf(0)]
+    if together is not None:
+        keep_together(np.diff(bounds), together, fixed, members)
     return Ownership(bounds, dealt_out(np.diff(bounds), fixed, members), classes, ranks)
 
 
@@ -124,6 +133,26 @@ def dealt_out(sizes: NDArray[np.int64], fixed: NDArray[np.int64], members: Seque
     middles = np.cumsum(sizes[free]) - sizes[free] / 2
     owners[free] = np.asarray(members)[np.minimum(np.searchsorted(ends, middles, side="right"), len(members) - 1)]
     return owners
+
+
+def keep_together(
+    sizes: NDArray[np.int64], together: NDArray[np.int64], fixed: NDArray[np.int64], members: Sequence[int]
+) -> None:
+    """Fix an owner for all blocks of each whole tensor: the largest first, each to the member with the least so far.
+
+    Args:
+        sizes: (n,) elements of each block.
+        together: (n,) see :func:`assign`.
+        fixed: (n,) a member or :data:`FREE`, written where a block is of a whole tensor.
+        members: Who takes part in the dealing.
+    """
+    fixed[together >= 0] = FREE
+    loads = {member: int(sizes[fixed == member].sum()) for member in members}
+    tensors = np.unique(together[together >= 0])
+    for tensor in sorted(tensors, key=lambda tensor: -int(sizes[together == tensor].sum())):
+        lightest = min(members, key=lambda member: loads[member])
+        fixed[together == tensor] = lightest
+        loads[lightest] += int(sizes[together == tensor].sum())
 
 
 def water_filled(loads: NDArray[np.float64], more: float) -> NDArray[np.float64]:

@@ -1,49 +1,64 @@
-"""The layers of the model, in numpy (the specification) and compiled (the same, fast).
+"""All compiled code, and the numpy specification that each piece of it must agree with.
 
-``HIERMPI_KERNELS`` chooses: ``auto`` (default: the best the processor has), ``avx512``, ``avx2``, ``plain`` or
-``numpy``. Where the library was not built, ``auto`` is numpy.
+Nobody outside asks whether something is compiled. ``HIERMPI_KERNELS`` chooses the form of the layers: ``auto`` (default:
+the best instruction set that the processor has), one of the instruction sets, or ``numpy``. Where the library was not
+built, ``auto`` is numpy.
 """
 
-import ctypes
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
-from pathlib import Path
 
 from hiermpi.errors import UsageError
 from hiermpi.kernels.compiled import CompiledKernels
 from hiermpi.kernels.layers import ReferenceKernels
-from hiermpi.kernels.memory import built_library
+from hiermpi.kernels.library import built_levels, load_library
 
 Kernels = ReferenceKernels | CompiledKernels
 
-LEVELS = ("plain", "avx2", "avx512")
-CHOICES = ("auto", "numpy", *LEVELS)
 VARIABLE = "HIERMPI_KERNELS"
 
+_forced: list[str] = []
 
-@cache
+
+def available_levels() -> tuple[str, ...]:
+    """Return the instruction sets that were built and that this processor has, from the least to the most preferred."""
+    return tuple(level.name for level in built_levels() if level.usable)
+
+
 def load_kernels(choice: str = "") -> Kernels:
-    """The kernels called ``choice``, by default the environment's.
+    """Return the kernels called ``choice``; by default those of :func:`using_kernels` or of the environment.
 
     Raises:
-        UsageError: an unknown name, or kernels that this machine or installation does not have.
+        UsageError: An unknown name, or kernels that this machine or installation does not have.
     """
-    choice = choice or os.environ.get(VARIABLE, "auto")
-    if choice not in CHOICES:
-        raise UsageError(f'{VARIABLE} = "{choice}": expected one of {", ".join(CHOICES)}')
-    library = None if choice == "numpy" else find_library()
-    if library is None:
-        if choice in LEVELS:
-            raise UsageError(f"{VARIABLE} = {choice}: the kernels are not built: install again with a C compiler")
-        return ReferenceKernels()
-    best = LEVELS[library.supported_level()]
-    level = best if choice == "auto" else choice
-    if LEVELS.index(level) > LEVELS.index(best):
-        raise UsageError(f"{VARIABLE} = {choice}: this processor has {best} at the most")
-    return CompiledKernels(library, level)
+    return _load(choice or (_forced[-1] if _forced else os.environ.get(VARIABLE, "auto")))
+
+
+@contextmanager
+def using_kernels(choice: str) -> Iterator[None]:
+    """Let :func:`load_kernels` return the kernels called ``choice`` while the body runs."""
+    _forced.append(choice)
+    try:
+        yield
+    finally:
+        _forced.pop()
 
 
 @cache
-def find_library() -> ctypes.CDLL | None:
-    """The compiled library; None where it was not built."""
-    return built_library(Path(__file__).parent, "_kernels")
+def _load(choice: str) -> Kernels:
+    levels = built_levels()
+    choices = ["auto", "numpy", *(level.name for level in levels or ())]
+    library = load_library("_layers")
+    if choice == "numpy" or (choice == "auto" and library is None):
+        return ReferenceKernels()
+    if library is None:
+        raise UsageError(f"{VARIABLE} = {choice}: the kernels are not built: install again with a C compiler")
+    if choice not in choices:
+        raise UsageError(f'{VARIABLE} = "{choice}": expected one of {", ".join(choices)}')
+    usable = [level for level in levels if level.usable]
+    chosen = usable[-1] if choice == "auto" else next(level for level in levels if level.name == choice)
+    if not chosen.usable:
+        raise UsageError(f"{VARIABLE} = {choice}: this processor has {usable[-1].name} at the most")
+    return CompiledKernels(library, chosen)

@@ -21,7 +21,7 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from hiermpi.kernels.loops import compiled_loops
+from hiermpi.kernels import loops
 from hiermpi.kernels.memory import address_of
 
 Integers = NDArray[np.int64]
@@ -85,14 +85,14 @@ def _balance_compiled(
 
     With prices, place, load and idle are first set to what they are at these.
     """
-    loops = compiled_loops()
-    if loops is None or (affinity.dtype != np.int32 and affinity.max() >= FITTING):
+    library = loops.compiled_loops()
+    if library is None or (affinity.dtype != np.int32 and affinity.max() >= FITTING):
         return None
     n, bins = affinity.shape
     loss = np.empty((bins, bins), np.int64)
     affinity, capacity = np.ascontiguousarray(affinity, np.int32), np.ascontiguousarray(capacity, np.int64)
     arrays = (affinity, capacity, prices, place, load, idle, loss)
-    return loss if loops.balance(*(None if array is None else address_of(array) for array in arrays), n, bins) else None
+    return loss if library.balance(*(None if array is None else address_of(array) for array in arrays), n, bins) else None
 
 
 def _solve(affinity: NDArray[np.integer], capacity: Integers) -> "_Assignment":
@@ -100,7 +100,7 @@ def _solve(affinity: NDArray[np.integer], capacity: Integers) -> "_Assignment":
     n, bins = affinity.shape
     prices = np.zeros(bins, np.int64)
     size = n // SAMPLING
-    if size > 0 and (n > FEW or compiled_loops() is None):
+    if size > 0 and (n > FEW or loops.compiled_loops() is None):
         # Steps of the golden ratio: an even sample, which no period in the order of the units can bias.
         sample = np.arange(size) * 2654435769 % 2**32 * n >> 32
         share = np.diff(capacity.cumsum() * size // n, prepend=0)

@@ -1,4 +1,4 @@
-"""The kernels of kernels.c through ctypes: the methods of the numpy reference, on C-contiguous float32 arrays."""
+"""The layers compiled: the methods of the numpy specification, on C-contiguous float32 arrays, through ctypes."""
 
 import ctypes
 from collections.abc import Callable, Sequence
@@ -9,75 +9,35 @@ from numpy.typing import NDArray
 
 from hiermpi.kernels.dropout import kept_scale
 from hiermpi.kernels.layers import NO_KEYS, ReferenceKernels, padded
+from hiermpi.kernels.library import CONSTANTS, LAYERS, Level, declare
 from hiermpi.kernels.memory import address_of, aligned_empty, plain_float32
 
 Array = NDArray[np.float32]
 
-OWN_PRODUCTS = frozenset({"avx512"})
-"""Levels at which the products of products.h are faster than OpenBLAS's: see hiermpi bench kernels."""
-PANEL_COLUMNS = 48
-"""Columns of the widest panel in products.h."""
-PACKED_STRIDE = 512
-"""Of a transposed left matrix, in products.h: multiples of it are packed."""
-
-_TYPES: dict[str, Any] = {
-    **{"p": ctypes.c_void_p, "l": ctypes.c_long, "u": ctypes.c_uint32},
-    **{"f": ctypes.c_float, "d": ctypes.c_double},
-}
-SIGNATURES = {  # p: address, l: long, u: uint32, f: float, d: double; as in products.h and layers.h
-    "product": "pppp lll lll ll l",
-    "product_gelu": "pppppp lll",
-    "product_slope": "pppppp lll",
-    "embed_forward": "pppp lll",
-    "embed_backward": "pppp lll",
-    "norm_forward": "pppppp ll",
-    "residual_norm_forward": "ppppppppp ll",
-    "norm_backward": "ppppppppp lll",
-    "column_sums": "pp ll",
-    "gelu_forward": "ppp ll",
-    "gelu_backward": "ppp ll",
-    "dropout": "pp ll uf",
-    "attention_forward": "ppppp llll puf",
-    "attention_backward": "ppppppp llll puf",
-    "cross_entropy": "pp lll",
-    "adamw": "ppppppp l fffffff",
-    "block_sums": "ppp l",
-    "sum_buffers": "pp llll",
-    "sum_integers": "pp llll",
-    "add_fixed": "pp l ff l",
-    "from_fixed": "pp l d",
-    "multiply_adds": "l",
-}
-
-
-RESULTS: dict[str, Any] = {
-    "cross_entropy": ctypes.c_double,
-    "add_fixed": ctypes.c_long,
-    "multiply_adds": ctypes.c_double,
-}
-WIDTHS = {"plain": 4, "avx2": 8, "avx512": 16}
-"""Floats in a register."""
+WIDEST = 16
+"""Floats in the widest register of any level: what operands are packed into is planned for it."""
+FMA_CHAINS = 12
+"""Independent multiply-adds of multiply_adds in layers.h."""
 
 
 class CompiledKernels:
     """One instruction set of the compiled library.
 
     Args:
-        library: the loaded shared object.
-        level: ``plain``, ``avx2`` or ``avx512``.
+        library: The loaded shared object.
+        level: The instruction set.
     """
 
-    def __init__(self, library: ctypes.CDLL, level: str) -> None:
-        self.name = level
-        self._call: dict[str, Callable[..., Any]] = {}
-        for name, letters in SIGNATURES.items():
-            function = library[f"{name}_{level}"]
-            function.argtypes = [_TYPES[letter] for letter in letters.replace(" ", "")]
-            function.restype = RESULTS.get(name)
-            self._call[name] = function
+    def __init__(self, library: ctypes.CDLL, level: Level) -> None:
+        self.name = level.name
+        self.floats = level.floats
+        """Floats in a register."""
+        self._call: dict[str, Callable[..., Any]] = {
+            name: declare(library[f"{name}_{level.name}"], signature) for name, signature in LAYERS.items()
+        }
         self.scratch = aligned_empty(0, np.float32)
         self._blas = ReferenceKernels()
-        self.own_products = level in OWN_PRODUCTS
+        self.own_products = level.own_products
         """Whether products are computed here, on one thread, or by numpy's BLAS."""
 
     def product(self, out: Array, a: Array, b: Array, add: bool = False) -> None:
@@ -87,8 +47,9 @@ class CompiledKernels:
         rows, inner = a.shape
         columns = b.shape[1]
         strides = (out.strides[0] >> 2, a.strides[0] >> 2, a.strides[1] >> 2, b.strides[0] >> 2, b.strides[1] >> 2)
-        panel = self._room(product_scratch(inner, 0 if strides[2] % PACKED_STRIDE else rows))
-        self._call["product"](address_of(out), address_of(a), address_of(b), address_of(panel), rows, columns, inner, *strides, add)
+        panel = self._room(product_scratch(inner, 0 if strides[2] % CONSTANTS["PACKED_STRIDE"] else rows))
+        arrays = (out, a, b, panel)
+        self._call["product"](*map(address_of, arrays), rows, columns, inner, *strides, add)
 
     def product_gelu(self, out: Array, slope: Array, a: Array, b: Array, bias: Array) -> None:
         if not self.own_products:
@@ -109,13 +70,16 @@ class CompiledKernels:
         self._call["product_slope"](*map(address_of, arrays), *out.shape, inner)
 
     def embed_forward(self, x: Array, inputs: NDArray[np.int32], wte: Array, wpe: Array) -> None:
-        self._call["embed_forward"](address_of(x), address_of(inputs), address_of(wte), address_of(wpe), x.shape[0], inputs.shape[1], x.shape[1])
+        arrays = (x, inputs, wte, wpe)
+        self._call["embed_forward"](*map(address_of, arrays), x.shape[0], inputs.shape[1], x.shape[1])
 
     def embed_backward(self, dwte: Array, dwpe: Array, dx: Array, inputs: NDArray[np.int32]) -> None:
-        self._call["embed_backward"](address_of(dwte), address_of(dwpe), address_of(dx), address_of(inputs), dx.shape[0], inputs.shape[1], dx.shape[1])
+        arrays = (dwte, dwpe, dx, inputs)
+        self._call["embed_backward"](*map(address_of, arrays), dx.shape[0], inputs.shape[1], dx.shape[1])
 
     def norm_forward(self, out: Array, mean: Array, rstd: Array, x: Array, weight: Array, bias: Array) -> None:
-        self._call["norm_forward"](address_of(out), address_of(mean), address_of(rstd), address_of(x), address_of(weight), address_of(bias), *x.shape)
+        arrays = (out, mean, rstd, x, weight, bias)
+        self._call["norm_forward"](*map(address_of, arrays), *x.shape)
 
     def residual_norm_forward(
         self,
@@ -146,8 +110,8 @@ class CompiledKernels:
         fresh: bool,
     ) -> None:
         branch = None if dbranch is None else address_of(dbranch)
-        rest = map(address_of, (dout, x, mean, rstd, weight))
-        self._call["norm_backward"](address_of(dx), address_of(dweight), address_of(dbias), branch, *rest, *x.shape, fresh)
+        first, rest = map(address_of, (dx, dweight, dbias)), map(address_of, (dout, x, mean, rstd, weight))
+        self._call["norm_backward"](*first, branch, *rest, *x.shape, fresh)
 
     def column_sums(self, dbias: Array, dy: Array) -> None:
         self._call["column_sums"](address_of(dbias), address_of(dy), *dy.shape)
@@ -174,7 +138,7 @@ class CompiledKernels:
     ) -> None:
         scratch = self._room(attention_scratch(shape[1], shape[3]))
         arrays = (out, p, qkv, bias, scratch)
-        self._call["attention_forward"](*map(address_of, arrays), *shape, address_of(keys), threshold, kept_scale(threshold))
+        self._call["attention_forward"](*map(address_of, arrays), *shape, *self._dropped(keys, threshold))
 
     def attention_backward(
         self,
@@ -190,7 +154,7 @@ class CompiledKernels:
     ) -> None:
         scratch = self._room(attention_scratch(shape[1], shape[3]))
         arrays = (dqkv, dbias, dout, p, qkv, bias, scratch)
-        self._call["attention_backward"](*map(address_of, arrays), *shape, address_of(keys), threshold, kept_scale(threshold))
+        self._call["attention_backward"](*map(address_of, arrays), *shape, *self._dropped(keys, threshold))
 
     def cross_entropy(self, logits: Array, targets: NDArray[np.int32], gradient: bool) -> float:
         return float(self._call["cross_entropy"](address_of(logits), address_of(targets), *logits.shape, gradient))
@@ -235,7 +199,10 @@ class CompiledKernels:
 
     def multiply_adds(self, flops: float) -> None:
         """Do about so many floating-point operations on registers alone: the most that this core can do."""
-        self._call["multiply_adds"](round(flops / (2 * 12 * WIDTHS[self.name])))
+        self._call["multiply_adds"](round(flops / (2 * FMA_CHAINS * self.floats)))
+
+    def _dropped(self, keys: NDArray[np.uint64], threshold: int) -> tuple[int, int, float]:
+        return address_of(keys), threshold, kept_scale(threshold)
 
     def _room(self, size: int) -> Array:
         if self.scratch.size < size:
@@ -245,7 +212,7 @@ class CompiledKernels:
 
 def product_scratch(inner: int, packed_rows: int) -> int:
     """float32s that a product over ``inner`` packs into: a panel, and the rows of a transposed left matrix."""
-    return inner * (PANEL_COLUMNS + packed_rows)
+    return inner * (WIDEST * CONSTANTS["PVECS"] + packed_rows)
 
 
 def attention_scratch(length: int, head: int) -> int:

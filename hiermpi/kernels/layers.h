@@ -1,4 +1,4 @@
-/* The kernels, once per instruction set: kernels.c includes this file with another NAME() and target each time.
+/* The kernels, once per instruction set: plain.c, avx2.c and so on include this file, each with its own sizes.
  *
  * All arithmetic on rows goes through vectors of W floats, the tail of a row included (padded with zeros in a register),
  * so the result of an element never depends on where in a row or slice it stands. Compiled without -ffast-math: a NaN
@@ -6,8 +6,6 @@
  *
  * Shapes: N = B * T rows, C channels, H heads of size D = C / H, V vocabulary. All arrays are C-contiguous.
  */
-
-#define INLINE static inline __attribute__((always_inline))
 
 INLINE VEC NAME(load)(const float *p) { return *(const VECU *)p; }
 INLINE void NAME(store)(float *p, VEC x) { *(VECU *)p = x; }

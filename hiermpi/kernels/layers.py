@@ -34,6 +34,8 @@ class ReferenceKernels:
     """The kernels in numpy."""
 
     name = "numpy"
+    floats = 0
+    """Floats in a register; not known here."""
 
     def __init__(self) -> None:
         self._products = np.empty(0)
@@ -304,6 +306,9 @@ class ReferenceKernels:
     def from_fixed(self, out: Array, sums: NDArray[np.int64], unit: float) -> None:
         """Write sums (n,) of multiples of ``unit``, rounded to float32, to out (n,)."""
         out[:] = sums.astype(np.float64) * unit
+
+    def multiply_adds(self, flops: float) -> None:
+        """Do about so many floating-point operations on registers alone, where a compiled form is there to do them."""
 
     def _heads(self, qkv: Array, shape: Sequence[int]) -> tuple[Array, Array, Array]:
         """q, k, v as (B, H, T, D) views of qkv (N, 3C)."""

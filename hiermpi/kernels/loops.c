@@ -244,8 +244,10 @@ void count_groups(int32_t *counts, const int32_t *tokens, const uint8_t *group_o
     }
 }
 
+#define ID_COLUMNS 2 /* int32s that hold the id of a sequence */
 #define AHEAD 4   /* sequences whose tokens are on their way from memory */
 #define TABLES 4  /* a group that comes again at once does not wait for its count */
+#define TABLE_BINS 256
 
 /* The rows (n, 2 + length) of the sequences that begin at each of starts (n,), and the counts (n, bins) of their groups
  * but for the last token. */
@@ -259,17 +261,17 @@ void count_groups(int32_t *counts, const int32_t *tokens, const uint8_t *group_o
             }                                                                                                     \
             if (i < 0) continue;                                                                                  \
             const TYPE *from = tokens + starts[i];                                                                \
-            int32_t *row = rows + i * (2 + length), of[TABLES][256];                                              \
+            int32_t *row = rows + i * (ID_COLUMNS + length), of[TABLES][TABLE_BINS];                                              \
             for (long k = 0; k < TABLES; k++) memset(of[k], 0, bins * sizeof **of);                               \
             memcpy(row, ids + i, sizeof *ids);                                                                    \
             long t = 0;                                                                                           \
             for (; t + TABLES < length; t += TABLES)                                                              \
                 for (long k = 0; k < TABLES; k++) {                                                               \
-                    row[2 + t + k] = row_of_token[from[t + k]];                                                   \
+                    row[ID_COLUMNS + t + k] = row_of_token[from[t + k]];                                                   \
                     of[k][group_of_token[from[t + k]]]++;                                                         \
                 }                                                                                                 \
             for (; t < length; t++) {                                                                             \
-                row[2 + t] = row_of_token[from[t]];                                                               \
+                row[ID_COLUMNS + t] = row_of_token[from[t]];                                                               \
                 if (t < length - 1) of[0][group_of_token[from[t]]]++;                                             \
             }                                                                                                     \
             for (long b = 0; b < bins; b++) counts[i * bins + b] = of[0][b] + of[1][b] + of[2][b] + of[3][b];     \

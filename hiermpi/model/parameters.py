@@ -1,10 +1,13 @@
 """One contiguous vector for all parameters, with named tensors as views into it.
 
-So a reduction needs no packing, the optimizer is one pass, and a checkpoint is a few datasets. Gradients and
-moments are vectors of the same layout.
+So a reduction needs no packing, the optimizer is one pass, and a checkpoint is a few datasets. Gradients and the
+optimizer's state are vectors of the same layout.
+
+Tensors whose rows belong to tokens are in class-major order: each symmetry class is one contiguous slice of rows. The
+model works on row ids; token ids are mapped at the data boundary. Checkpoints, exports and logits are in token order.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from math import prod
@@ -12,6 +15,7 @@ from math import prod
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from hiermpi.errors import DamagedFile
 from hiermpi.kernels.memory import aligned_zeros, round_up
 
 
@@ -29,6 +33,37 @@ class TensorSpec:
     @property
     def size(self) -> int:
         return prod(self.shape)
+
+
+def symmetry_groups(known: NDArray[np.uint8] | None, vocab_size: int, symmetry_order: int) -> NDArray[np.uint8]:
+    """Return the (V,) symmetry class of each token id; ids beyond the ``known`` ones go by id modulo the order."""
+    groups = (np.arange(vocab_size) % symmetry_order).astype(np.uint8)
+    if known is not None:
+        groups[: len(known)] = known[:vocab_size]
+    return groups
+
+
+class SymmetryTable:
+    """The permutation between token ids and rows.
+
+    Args:
+        groups: (V,) symmetry class of each token id.
+        symmetry_order: number of classes, S.
+
+    Attributes:
+        token_of_row: (V,) token id of each row: sorted by class, then by id.
+        row_of_token: (V,) row of each token id.
+        class_bounds: (S + 1,) rows at which the classes begin, and V.
+    """
+
+    def __init__(self, groups: NDArray[np.uint8], symmetry_order: int) -> None:
+        if len(groups) and groups.max() >= symmetry_order:
+            raise ValueError(f"symmetry class {groups.max()} does not exist in a symmetry of order {symmetry_order}")
+        self.token_of_row = np.argsort(groups, kind="stable")
+        self.row_of_token = np.empty_like(self.token_of_row)
+        self.row_of_token[self.token_of_row] = np.arange(len(groups))
+        counts = np.bincount(groups, minlength=symmetry_order)
+        self.class_bounds = np.concatenate([[0], np.cumsum(counts)])
 
 
 class ParameterLayout:
@@ -72,13 +107,20 @@ class ParameterBuffer(ParameterLayout):
     Args:
         specs: the tensors, in their order within the vector.
         dtype: element type (float32 in training, float64 in gradient checks).
-        storage: one or two 1-D arrays of :attr:`size` elements to use instead of new memory.
+        storage: One or two 1-D arrays of :attr:`size` elements to use instead of new memory.
+        symmetry: The order of the rows that belong to tokens; by default token ids modulo an order of 1.
     """
 
     def __init__(
-        self, specs: Sequence[TensorSpec], dtype: DTypeLike = np.float32, storage: Sequence[NDArray] = ()
+        self,
+        specs: Sequence[TensorSpec],
+        dtype: DTypeLike = np.float32,
+        storage: Sequence[NDArray] = (),
+        symmetry: SymmetryTable | None = None,
     ) -> None:
         super().__init__(specs)
+        rows = next((spec.shape[0] for spec in self.specs if spec.symmetry_rows), 0)
+        self.symmetry = symmetry or SymmetryTable(np.zeros(rows, np.uint8), 1)
         self.dtype = np.dtype(dtype)
         self.slots = tuple(storage) or (aligned_zeros(self.size, self.dtype),)
         for vector in self.slots:
@@ -123,3 +165,41 @@ class ParameterBuffer(ParameterLayout):
     def new_vector(self) -> NDArray:
         """A zeroed vector of this layout."""
         return aligned_zeros(self.size, self.dtype)
+
+    @property
+    def row_of_token(self) -> NDArray[np.int64]:
+        """(V,) row of each token id."""
+        return self.symmetry.row_of_token
+
+    def tensors_in_token_order(self, vector: NDArray) -> dict[str, NDArray]:
+        """Return copies of the tensors in a vector of this layout, rows of tokens in token order."""
+        rows = self.symmetry.row_of_token
+        return {
+            spec.name: self.view(vector, spec)[rows] if spec.symmetry_rows else self.view(vector, spec).copy()
+            for spec in self.specs
+        }
+
+    def load_token_order(self, tensors: Mapping[str, NDArray], vector: NDArray) -> None:
+        """Fill a vector of this layout from tensors in token order. Raises DamagedFile where they do not fit."""
+        require_tensors(self.specs, tensors, "the checkpoint")
+        for spec in self.specs:
+            source = tensors[spec.name]
+            self.view(vector, spec)[...] = source[self.symmetry.token_of_row] if spec.symmetry_rows else source
+
+
+def require_tensors(specs: Sequence[TensorSpec], tensors: Mapping[str, NDArray], source: str) -> None:
+    """Refuse tensors whose names or shapes are not those of ``specs``.
+
+    Args:
+        specs: What is expected.
+        tensors: What was found.
+        source: Where, for the message.
+
+    Raises:
+        DamagedFile: It names the first tensors that do not fit.
+    """
+    expected = {spec.name: spec.shape for spec in specs}
+    found = {name: tensor.shape for name, tensor in tensors.items()}
+    if found != expected:
+        names = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+        raise DamagedFile(f"{source}: tensors do not fit the model's settings: {', '.join(names[:4])}")

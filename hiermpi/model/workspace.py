@@ -2,7 +2,7 @@
 
 They are allocated once, at the first batch, or lie in memory that several ranks use one after the other.
 
-Sizes in comments as in :mod:`hiermpi.model.transformer`.
+Sizes in comments as in :mod:`hiermpi.model.gpt2`.
 """
 
 import numpy as np
@@ -13,16 +13,8 @@ from hiermpi.kernels.compiled import attention_scratch, product_scratch
 from hiermpi.kernels.layers import padded
 from hiermpi.kernels.memory import aligned_empty, round_up
 
-AUTOMATIC_MICRO_BATCH_TOKENS = 512
-"""Tokens of a micro-batch where ``train.micro_batch_size`` is 0: larger ones fall out of the caches. On a Xeon (2 MB
-of L2 a core) 2048 take 3 to 14 % longer at widths of 128 to 384; no other number is more than 5 % faster."""
 LOGITS_BUFFER_ELEMENTS = 1 << 20
 """Logits are computed for as many rows at a time as fit in this many elements."""
-
-
-def micro_batch_sequences(config: ModelConfig, wanted: int = 0) -> int:
-    """Sequences computed at once: ``wanted``, or the automatic choice where that is 0."""
-    return wanted or max(1, AUTOMATIC_MICRO_BATCH_TOKENS // config.context_length)
 
 
 def workspace_shapes(config: ModelConfig, sequences: int) -> dict[str, tuple[int, ...]]:
@@ -62,9 +54,9 @@ def scratch_elements(config: ModelConfig, rows: int, logits_rows: int) -> int:
     )
 
 
-def activation_bytes(config: ModelConfig, micro_batch_size: int = 0) -> int:
-    """Bytes of the buffers of a leaf that computes ``micro_batch_size`` sequences at once."""
-    shapes = workspace_shapes(config, micro_batch_sequences(config, micro_batch_size))
+def activation_bytes(config: ModelConfig, sequences: int) -> int:
+    """Return the bytes of the buffers of a leaf that computes so many sequences at once."""
+    shapes = workspace_shapes(config, sequences)
     return 4 * sum(int(np.prod(shape)) for shape in shapes.values())
 
 

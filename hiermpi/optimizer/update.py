@@ -1,24 +1,99 @@
-"""AdamW with clipping and schedule on an owner's part of the parameters: the state that an owner holds.
+"""One update of an owner's part of the parameters: norm, clipping and rule.
 
-An update reads one slot of parameters and moments and writes another, which :meth:`Optimizer.commit` and
+The gradient norm does not depend on who holds which part of the vector: float64 sums of squares over fixed blocks of the
+canonical vector, added in the order of the blocks. Blocks never cross a tensor, nor a symmetry class of a token table, so
+the owner of a class or tensor always holds whole blocks.
+
+An update reads one slot of parameters and state and writes another, which :meth:`Optimizer.commit` and
 :meth:`hiermpi.model.parameters.ParameterBuffer.flip` then put in its place. Until then it can be done again, or left.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import fsum, isfinite
+from itertools import pairwise
+from math import fsum, isfinite, sqrt
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hiermpi.config.schema import OptimizerConfig
+from hiermpi.config.schema import Config, OptimizerConfig
+from hiermpi.errors import PluginError, UserError
 from hiermpi.hierarchy.lattice import Lattice
-from hiermpi.hierarchy.ownership import Ownership
-from hiermpi.kernels import Kernels
-from hiermpi.model.parameters import ParameterBuffer
-from hiermpi.optimizer.adamw import Moments, adamw_update
-from hiermpi.optimizer.norm import block_sums, clip_scale, total_norm
-from hiermpi.optimizer.schedule import warmup_cosine
+from hiermpi.hierarchy.ownership import FREE, Ownership, assign
+from hiermpi.hierarchy.topology import Topology
+from hiermpi.kernels import Kernels, load_kernels
+from hiermpi.model.parameters import ParameterBuffer, ParameterLayout
+from hiermpi.optimizer.rules import Hyper, Rule, Schedule, Values, needs_whole, rule_of
+
+LARGEST_BLOCK = 4096
+"""Elements of a block of the norm: small enough that owners' shares, which are whole blocks, come out even."""
+
+
+def norm_blocks(
+    layout: ParameterLayout, class_bounds: NDArray[np.int64] | None = None
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return (n + 1,) bounds of the blocks, which cover the vector with its padding, and (n,) their symmetry classes.
+
+    The class is -1 where a block is not of a token table.
+
+    Args:
+        layout: The layout of the vector.
+        class_bounds: (S + 1,) rows at which the symmetry classes begin, and V.
+    """
+    starts: list[int] = []
+    classes: list[int] = []
+    for spec in layout.specs:
+        offset, row = layout.offsets[spec.name], spec.size // spec.shape[0]
+        parts, of_class = [0, spec.size], [-1]
+        if spec.symmetry_rows and class_bounds is not None:
+            parts, of_class = [int(bound) * row for bound in class_bounds], list(range(len(class_bounds) - 1))
+        for (first, last), symmetry_class in zip(pairwise(parts), of_class, strict=True):
+            begun = range(first, last, LARGEST_BLOCK)
+            starts += [offset + start for start in begun]
+            classes += [symmetry_class] * len(begun)
+    return np.array([*starts, layout.size], np.int64), np.array(classes, np.int64)
+
+
+def ownership_of(
+    config: Config, topology: Topology, layout: ParameterLayout, class_bounds: NDArray[np.int64], rule: Rule
+) -> Ownership:
+    """Deal the vector out to its owners, under ``optimizer.placement`` and as the rule needs it.
+
+    Args:
+        config: The resolved configuration.
+        topology: The ranks.
+        layout: The layout of the vector.
+        class_bounds: (S + 1,) rows at which the symmetry classes begin, and V.
+        rule: The rule of the run.
+    """
+    bounds, classes = norm_blocks(layout, class_bounds)
+    whole = [needs_whole(rule_of(rule, spec), spec) for spec in layout.specs]
+    together = None
+    if any(whole):
+        of_block = np.searchsorted([layout.offsets[spec.name] for spec in layout.specs], bounds[:-1], side="right") - 1
+        together = np.where(np.array(whole)[of_block], of_block, FREE)
+    return assign(bounds, classes, topology, config.optimizer.placement, together)
+
+
+def total_norm(sums: NDArray[np.float64]) -> float:
+    """Return the norm from the blocks' sums of squares; not finite where any of them is not."""
+    if not np.isfinite(sums).all():
+        return float("nan")
+    return sqrt(fsum(sums))
+
+
+def clip_scale(norm: float, limit: float) -> float:
+    """Return the factor that brings a gradient of this norm to at most ``limit`` (0: never clips)."""
+    return limit / norm if limit and norm > limit else 1.0
+
+
+def slots_of(config: Config) -> int:
+    """Return how many slots parameters and state have.
+
+    Two where the death of a rank must not leave half-updated ones, as the others go on without it; else one.
+    """
+    return 2 if config.run.on_failure == "shrink" else 1
 
 
 @dataclass(frozen=True)
@@ -29,10 +104,11 @@ class OptimizerSettings:
     grad_clip: float
     steps: int
     """Steps of the whole run: the end of the decay where ``decay_steps`` is 0."""
+    schedule: Schedule
 
     def learning_rate(self, step: int) -> float:
-        """Learning rate of the step that follows ``step`` finished ones."""
-        return warmup_cosine(
+        """Return the learning rate of the step that follows ``step`` finished ones."""
+        return self.schedule(
             step,
             learning_rate=self.config.learning_rate,
             min_learning_rate=self.config.min_learning_rate,
@@ -41,43 +117,91 @@ class OptimizerSettings:
         )
 
 
-class Optimizer:
-    """Owns the moments of a part of ``parameters`` and applies updates to that part.
+class Piece(NamedTuple):
+    """What a rule updates at once: a run of elements that it treats alike, or a whole tensor."""
+
+    start: int
+    stop: int
+    rule: Rule
+    decay: bool
+    shape: tuple[int, ...] | None
+
+
+def pieces_of(layout: ParameterLayout, rule: Rule, spans: Sequence[tuple[int, int]]) -> list[Piece]:
+    """Cut an owner's spans of the vector into pieces, as few as its rules allow.
 
     Args:
-        parameters: updated, in place where they have one slot.
-        settings: see :class:`OptimizerSettings`.
-        moments: zeroed slots for the moments of the whole vector, as many as the parameters have; of them only the
-            parts that are owned are written.
-        ownership: of the vector.
-        owner: whose part this is, by number; the root has an optimizer even where it owns nothing.
+        layout: The layout of the vector.
+        rule: The rule of the run.
+        spans: (start, stop) of what is owned, in order.
+    """
+    pieces: list[Piece] = []
+    bounds = [layout.offsets[spec.name] for spec in layout.specs] + [layout.size]
+    of_spec = [(rule_of(rule, spec), needs_whole(rule_of(rule, spec), spec)) for spec in layout.specs]
+    for start, stop in spans:
+        for index, spec in enumerate(layout.specs):
+            first, last = max(start, bounds[index]), min(stop, bounds[index + 1])
+            if first >= last:
+                continue
+            chosen, whole = of_spec[index]
+            before = pieces[-1] if pieces else None
+            if whole:  # without the padding behind it
+                pieces.append(Piece(first, first + spec.size, chosen, spec.decay, spec.shape))
+            elif before and before[1:] == (first, chosen, spec.decay, None):
+                pieces[-1] = before._replace(stop=last)
+            else:
+                pieces.append(Piece(first, last, chosen, spec.decay, None))
+    return pieces
+
+
+class Optimizer:
+    """Owns the state of a part of ``parameters`` and applies updates to that part.
+
+    Args:
+        parameters: Updated, in place where they have one slot.
+        settings: The numbers of the updates.
+        state_slots: Zeroed slots of the rule's state, as many as the parameters have, each a vector of the whole length
+            by name; of them only the parts that are owned are written.
+        ownership: The owners of the vector.
+        owner: The number of the owner; the root has an optimizer even where it owns nothing.
+        rule: The rule of the run.
         class_bounds: (S + 1,) row offsets of the symmetry classes, for the lattice.
-        kernels: by default the environment's.
-        coupling: of the token table's rows to their neighbours in the lattice.
+        kernels: By default the environment's.
+        coupling: The coupling of the token table's rows to their neighbours in the lattice.
+        name: What the user calls a rule from outside the package; else empty.
     """
 
     def __init__(
         self,
         parameters: ParameterBuffer,
         settings: OptimizerSettings,
-        moments: Sequence[Moments],
+        state_slots: Sequence[Mapping[str, NDArray[np.float32]]],
         ownership: Ownership,
-        owner: int = 0,
+        owner: int,
+        rule: Rule,
         class_bounds: NDArray[np.int64] | None = None,
         kernels: Kernels | None = None,
         coupling: float = 0.0,
+        name: str = "",
     ) -> None:
-        self.kernels = kernels
+        self.kernels = kernels or load_kernels()
         self.parameters = parameters
         self.settings = settings
+        self.name = name
         self.spans = ownership.spans_of(owner)
-        self.moments = moments[0]
-        self._next = moments[-1]
-        self.count = 0
-        """Updates applied so far, Adam's t."""
+        self.updates = 0
+        """Updates applied so far."""
         self.coupling = coupling
         self.elements = sum(stop - start for start, stop, _ in self.spans)
         """Elements of the vector that are owned."""
+        self._states = list(state_slots)
+        self._slot = 0
+        spans = [(start, stop) for start, stop, _ in self.spans]
+        self._pieces = [self._with_kernels(piece) for piece in pieces_of(parameters, rule, spans)]
+        self._values = [
+            [values_of(piece, vector, state) for piece in self._pieces]
+            for vector, state in zip(parameters.slots, self._states, strict=True)
+        ]
         self._lattice = Lattice(class_bounds) if coupling and class_bounds is not None else None
         self._table = next((spec for spec in parameters.specs if spec.symmetry_rows), None)
         self._own = ownership.blocks_of(owner)
@@ -88,73 +212,113 @@ class Optimizer:
         self._first_of_class = {index: int(np.argmax(ownership.classes == index)) for index in self._classes}
         self._findings = np.zeros((2 if self._lattice else 1, len(ownership.owners)))
         self._sums = np.zeros(len(self._own))
-        self._decay_ranges = [
-            (max(start, span.start), min(stop, span.stop), decay)
-            for span in self.spans
-            for start, stop, decay in parameters.decay_ranges()
-            if start < span.stop and span.start < stop
-        ]
 
-    def measure(self, gradients: NDArray[np.float32], n_tokens: int) -> NDArray[np.float64]:
-        """What the owners must tell each other of their blocks, zero in the others': (1 or 2, blocks).
+    @property
+    def state(self) -> Mapping[str, NDArray[np.float32]]:
+        """The state in use, each vector of the whole length by its name."""
+        return self._states[self._slot]
+
+    def _with_kernels(self, piece: Piece) -> Piece:
+        """Let a rule that works with kernels use this optimizer's."""
+        bind = getattr(piece.rule, "with_kernels", None)
+        return piece._replace(rule=bind(self.kernels)) if bind else piece
+
+    def couple(self, gradients: NDArray[np.float32], n_tokens: int) -> NDArray[np.float64] | None:
+        """Add the lattice's gradient of the owned rows, ``n_tokens`` times, as sums are divided later.
+
+        Returns the (S,) shares of the owned classes in the lattice's loss; None where rows are not coupled.
+        """
+        if self._lattice is None or self._table is None or not n_tokens:
+            return None
+        out, table = (self.parameters.view(vector, self._table) for vector in (gradients, self.parameters.vector))
+        return self._lattice.add_gradient(out, table, self.coupling * n_tokens, self._classes) / n_tokens
+
+    def findings(
+        self, gradients: NDArray[np.float32], lattice_losses: NDArray[np.float64] | None
+    ) -> NDArray[np.float64]:
+        """Return what the owners must tell each other of their blocks, zero in the others': (1 or 2, blocks).
 
         Row 0 is the sum of squares of the gradient sums; row 1, where rows are coupled, the lattice's loss, at the
-        first block of a class. Adds the lattice's gradient first: ``n_tokens`` of it, as sums are divided later.
+        first block of a class.
         """
         findings = self._findings
         findings[:] = 0.0
-        if self._lattice is not None and self._table is not None and n_tokens:
-            out, table = (self.parameters.view(vector, self._table) for vector in (gradients, self.parameters.vector))
-            losses = self._lattice.add_gradient(out, table, self.coupling * n_tokens, self._classes)
+        if lattice_losses is not None:
             for index, block in self._first_of_class.items():
-                findings[1, block] = losses[index] / n_tokens
+                findings[1, block] = lattice_losses[index]
         if self.spans:
-            block_sums(gradients, self._bounds, self._sums, self.kernels)
+            self.kernels.block_sums(self._sums, gradients, self._bounds)
             findings[0, self._own] = self._sums
         return findings
 
     def update(self, gradients: NDArray[np.float32], n_tokens: int, norm: float, step: int) -> None:
-        """Divide the gradient sums once by the tokens, clip, and apply AdamW to the owned part, into the next slots.
+        """Divide the gradient sums once by the tokens, clip, and apply the rule to the owned part, into the next slots.
 
         Args:
-            gradients: sums over all tokens of the step.
-            n_tokens: number of those tokens.
-            norm: of the mean gradient, finite.
-            step: steps finished before this one.
+            gradients: The sums over all tokens of the step.
+            n_tokens: The number of those tokens.
+            norm: The norm of the mean gradient, finite.
+            step: The steps finished before this one.
+
+        Raises:
+            PluginError: A rule from outside raised an exception.
         """
         if not isfinite(norm):
             raise ValueError(f"gradient norm is {norm}: such a step must be skipped")
-        if not self.spans:  # a root that only coordinates
-            return
-        adamw_update(
-            self.parameters.vector,
-            gradients,
-            *self.moments,
-            count=self.count + 1,
-            learning_rate=self.settings.learning_rate(step),
-            beta1=self.settings.config.beta1,
-            beta2=self.settings.config.beta2,
-            weight_decay=self.settings.config.weight_decay,
-            decay_ranges=self._decay_ranges,
-            scale=clip_scale(norm, self.settings.grad_clip) / n_tokens,
-            out_parameters=self.parameters.next,
-            out_m=self._next.m,
-            out_v=self._next.v,
-            kernels=self.kernels,
+        config = self.settings.config
+        hyper = Hyper(
+            self.updates + 1,
+            self.settings.learning_rate(step),
+            clip_scale(norm, self.settings.grad_clip) / n_tokens,
+            config.weight_decay,
+            config.beta1,
+            config.beta2,
+            config.options,
+            None,
         )
+        still = hyper._replace(weight_decay=0.0)
+        following = len(self._values) - 1 - self._slot
+        for piece, old, new in zip(self._pieces, self._values[self._slot], self._values[following], strict=True):
+            numbers = hyper if piece.decay else still
+            if piece.shape is not None:
+                numbers = numbers._replace(shape=piece.shape)
+            part = gradients[piece.start : piece.stop]
+            if self.name:
+                self._from_outside(piece, new, old, part, numbers)
+            else:
+                piece.rule.update(new, old, part, numbers)
+
+    def _from_outside(
+        self, piece: Piece, new: Values, old: Values, gradients: NDArray[np.float32], numbers: Hyper
+    ) -> None:
+        """Apply a rule from outside; what it raises or breaks is told in one sentence that names it."""
+        try:
+            piece.rule.update(new, old, gradients, numbers)
+        except UserError:
+            raise
+        except Exception as error:
+            raise PluginError(f"optimizer.rule = {self.name}: {type(error).__name__}: {error}") from error
+        if not np.isfinite(new.parameters).all() and np.isfinite(gradients).all():
+            raise PluginError(f"optimizer.rule = {self.name}: it made parameters that are not finite")
 
     def commit(self) -> None:
-        """Count the update, and make the moments that it wrote the moments."""
-        self.count += 1
-        self.moments, self._next = self._next, self.moments
+        """Count the update, and make the state that it wrote the state."""
+        self.updates += 1
+        self._slot = len(self._states) - 1 - self._slot
+
+
+def values_of(piece: Piece, parameters: NDArray[np.float32], state: Mapping[str, NDArray[np.float32]]) -> Values:
+    """Return the views of a piece into vectors of the whole length; of the state what the piece's rule names."""
+    part = slice(piece.start, piece.stop)
+    return Values(parameters[part], {name: state[name][part] for name in piece.rule.state})
 
 
 def norm_and_lattice_loss(findings: NDArray[np.float64], n_tokens: int) -> tuple[float, float]:
-    """L2 norm of the mean gradient (not finite where any element is not), and the lattice's loss.
+    """Return the L2 norm of the mean gradient (not finite where any element is not), and the lattice's loss.
 
     Args:
-        findings: of all owners, see :meth:`Optimizer.measure`.
-        n_tokens: of the step.
+        findings: Those of all owners, see :meth:`Optimizer.findings`.
+        n_tokens: The number of tokens of the step.
     """
     norm = total_norm(findings[0]) / n_tokens if n_tokens else float("nan")
     return norm, fsum(findings[1]) if len(findings) > 1 else 0.0

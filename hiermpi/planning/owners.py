@@ -4,7 +4,7 @@ from hiermpi.config.schema import Config, ModelConfig
 from hiermpi.hierarchy.ownership import Ownership, assign
 from hiermpi.hierarchy.topology import Topology
 from hiermpi.model.parameters import ParameterLayout
-from hiermpi.model.symmetry import SymmetryTable, symmetry_groups
+from hiermpi.model.parameters import SymmetryTable, symmetry_groups
 from hiermpi.model.transformer import transformer_specs
 from hiermpi.optimizer.norm import norm_blocks
 

@@ -1,24 +1,31 @@
-"""What rank 0 checks and opens before any work: configuration, dataset, run folder, checkpoint to resume."""
+"""What rank 0 checks and opens before any work: configuration, dataset, run folder, checkpoint, model family."""
 
-import argparse
 import dataclasses
 import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from hiermpi.config.loading import load_config
-from hiermpi.config.schema import Config, flatten
-from hiermpi.data.sampling import Sampler
+import numpy as np
+from numpy.typing import NDArray
+
+from hiermpi.config.schema import Config, ModelConfig, flatten
+from hiermpi.data.sequences import Sampler
 from hiermpi.data.tokenizers import tokenizer_from_json
-from hiermpi.errors import UsageError
+from hiermpi.errors import DamagedFile, UsageError
 from hiermpi.kernels import load_kernels
+from hiermpi.model.contract import Family, Model, load_family, micro_batch_sequences
+from hiermpi.model.parameters import ParameterBuffer, SymmetryTable, require_tensors, symmetry_groups
+from hiermpi.registry import is_outside
 from hiermpi.storage.checkpoint import Checkpoint, load_checkpoint
 from hiermpi.storage.dataset import TokenDataset, open_dataset
 from hiermpi.storage.run_folder import RunFolder
 
-FIXED_SETTINGS = ("model.", "train.batch_size", "train.seed")
+FIXED_SETTINGS = ("model.", "train.batch_size", "train.seed", "optimizer.rule")
 """Settings that a resumed run may not change; any other may, and the change is logged."""
+OLDER_SETTINGS = {"model.family": "gpt2", "model.options": {}, "optimizer.rule": "adamw"}
+"""What was in force when checkpoints did not name it yet."""
 
 logger = logging.getLogger("hiermpi")
 
@@ -39,9 +46,17 @@ class OpenedRun:
     """The run is already done, there is nothing to do."""
 
 
-def open_run(arguments: argparse.Namespace, n_ranks: int) -> OpenedRun:
-    """Open the run that the command line names. Raises UserError before anything is changed."""
-    config = load_config(arguments, os.environ)
+def open_run(config: Config, data: Path, run: Path, resume: str, family: Family, n_ranks: int) -> OpenedRun:
+    """Open a run. Raises UserError before anything is changed.
+
+    Args:
+        config: The configuration as the user gave it.
+        data: The dataset.
+        run: The run folder.
+        resume: ``auto``, ``none`` or the path of a checkpoint.
+        family: The family of the model, which may refuse its settings.
+        n_ranks: The number of ranks.
+    """
     refuse_unavailable(config)
     load_kernels()  # refuses a HIERMPI_KERNELS that this machine does not have
     cores = os.cpu_count() or 1
@@ -49,26 +64,25 @@ def open_run(arguments: argparse.Namespace, n_ranks: int) -> OpenedRun:
         raise UsageError(f"run.threads_per_rank = {config.run.threads_per_rank}, but this node has {cores} cores")
     if config.run.min_ranks > n_ranks:
         raise UsageError(f"run.min_ranks = {config.run.min_ranks}, but there are {n_ranks} ranks: start more")
-    dataset = open_dataset(arguments.data)
+    dataset = open_dataset(data)
     config = fit_to_data(config, dataset)
-    folder = RunFolder(arguments.run)
+    check_shape(family, config.model)
+    folder = RunFolder(run)
     folder.prepare()
-    checkpoint = find_checkpoint(folder, arguments.resume)
+    checkpoint = find_checkpoint(folder, resume)
     if checkpoint is not None:
         require_same_run(config, dataset, checkpoint)
     done = checkpoint is not None and folder.is_done() and checkpoint.step >= config.train.steps
-    return OpenedRun(config, dataset, folder, checkpoint, arguments.resume != "auto", done)
+    return OpenedRun(config, dataset, folder, checkpoint, resume != "auto", done)
 
 
 def refuse_unavailable(config: Config) -> None:
     """Refuse settings that this version knows by name only. Raises UsageError."""
-    for name, unavailable, instead in (
-        ("run.on_failure", "shrink", "use abort, and start the same command again after a failure"),
-    ):
-        value = flatten(config)[name]
-        if value == unavailable:
-            shown = str(value).lower() if isinstance(value, bool) else value
-            raise UsageError(f"{name} = {shown} is not available in this version: {instead}")
+    if config.run.on_failure == "shrink":
+        raise UsageError(
+            "run.on_failure = shrink is not available in this version: use abort, and start the same command again "
+            "after a failure"
+        )
 
 
 def fit_to_data(config: Config, dataset: TokenDataset) -> Config:
@@ -112,10 +126,10 @@ def require_same_run(config: Config, dataset: TokenDataset, checkpoint: Checkpoi
             f"{dataset.sha256[:16]}...: name the same dataset, or another --run"
         )
     now = flatten(config)
-    for name, before in checkpoint.config.items():
+    for name, before in (OLDER_SETTINGS | checkpoint.config).items():
         if name not in now or now[name] == before:
             continue
-        if name.startswith(FIXED_SETTINGS):
+        if name.startswith(FIXED_SETTINGS) and not (name == "optimizer.rule" and not checkpoint.adam_count):
             raise UsageError(
                 f"{name} = {now[name]}, but the run was started with {before}: use the same, or name another --run"
             )
@@ -140,3 +154,8 @@ def describe_start(opened: OpenedRun) -> str:
     return f"continuing {opened.folder.path} after step {opened.checkpoint.step} of {opened.config.train.steps}"
 
 
+def open_checkpoint(source: Path) -> Checkpoint:
+    """Open the file ``source``, or the newest whole checkpoint of the run in folder ``source``, without its state."""
+    if source.is_dir():
+        return RunFolder(source).newest_checkpoint()[1]
+    return load_checkpoint(source, with_state=False)

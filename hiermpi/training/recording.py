@@ -1,64 +1,209 @@
-"""What a run leaves behind while it goes on: log lines, metrics, checkpoints. Rank 0 only."""
+"""What a run tells while it goes on, and what it saves. At the root only.
 
+A :class:`Recorder` makes one row of each step and gives it to a list of sinks: ``metrics.jsonl``, the lines of the log,
+the progress bar, and whatever ``run.sinks`` names. One more sink is one class with the methods of :class:`Sink`, in a
+file of its own or of the user's.
+"""
+
+import csv
 import logging
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple, Protocol, TextIO, runtime_checkable
 
-from numpy.typing import NDArray
-
-from hiermpi.config.schema import Config, flatten
-from hiermpi.model.transformer import Transformer
-from hiermpi.optimizer.update import Optimizer
+from hiermpi.config.schema import Config, flatten, listed
+from hiermpi.errors import PluginError
+from hiermpi.files import told
 from hiermpi.progress import ProgressBar
+from hiermpi.registry import SINKS
 from hiermpi.storage.checkpoint import Checkpoint, CheckpointWriter
 from hiermpi.storage.dataset import TokenDataset
-from hiermpi.storage.run_folder import RunFolder
+from hiermpi.storage.run_folder import RunFolder, finite
 from hiermpi.training.evaluation import Evaluation
 from hiermpi.training.phases import Phases
-from hiermpi.training.trainer import Progress, StepResult
+from hiermpi.training.state import RunState
+from hiermpi.training.trainer import StepResult
 
 logger = logging.getLogger("hiermpi")
 
 
+class Run(NamedTuple):
+    """What a sink is told of the run when it is opened."""
+
+    folder: Path
+    config: Config
+    first_step: int
+    """Steps that were finished before this start."""
+
+
+class Sink(Protocol):
+    """A place that a run is written to. A class whose instances have these methods; the constructor takes nothing.
+
+    A sink may also have ``ranks(records)``: it is then called at every log interval with one table for each rank, as in
+    ``ranks.jsonl``. What a sink raises ends the run.
+    """
+
+    def open(self, run: Run) -> None:
+        """Begin; called once, before the first step of this start."""
+
+    def record(self, row: Mapping[str, Any]) -> None:
+        """Write the row of a step, with the keys of ``metrics.jsonl``."""
+
+    def close(self) -> None:
+        """End; called once, also after an error."""
+
+
+@runtime_checkable
+class RanksSink(Protocol):
+    """A sink that wants to know of every rank."""
+
+    def ranks(self, records: Sequence[Mapping[str, Any]]) -> None:
+        """Write what the ranks told, in rank order."""
+
+
+class MetricsSink:
+    """Appends to ``metrics.jsonl``."""
+
+    def open(self, run: Run) -> None:
+        self._folder = RunFolder(run.folder)
+
+    def record(self, row: Mapping[str, Any]) -> None:
+        self._folder.append_metrics(row)
+
+    def close(self) -> None:
+        """There is nothing to close: each row is written at once."""
+
+
+class CsvSink:
+    """Writes ``metrics.csv``: one line a step, for spreadsheets. A resumed run goes on in the same file."""
+
+    COLUMNS = ("step", "loss", "val_loss", "learning_rate", "grad_norm", "tokens", "tokens_per_second", "step_seconds")
+
+    def open(self, run: Run) -> None:
+        self._path = run.folder / "metrics.csv"
+        kept: list[str] = []
+        with told(self._path, "write"):
+            if run.first_step and self._path.exists():
+                with open(self._path, encoding="utf-8", newline="") as before:
+                    rows = list(csv.DictReader(before))
+                kept = [row for row in rows if row.get("step", "").isdigit() and int(row["step"]) <= run.first_step]
+            self._file: TextIO = open(self._path, "w", encoding="utf-8", newline="")
+            self._writer = csv.DictWriter(self._file, self.COLUMNS, extrasaction="ignore")
+            self._writer.writeheader()
+            self._writer.writerows(kept)
+            self._file.flush()
+
+    def record(self, row: Mapping[str, Any]) -> None:
+        with told(self._path, "write"):
+            self._writer.writerow(finite(row))
+            self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class LogSink:
+    """Writes a line to the log now and then, and shows the steps in a bar on a terminal.
+
+    Args:
+        bar: The bar; while it is live, it takes the place of the lines but those with a validation loss.
+    """
+
+    def __init__(self, bar: ProgressBar) -> None:
+        self.bar = bar
+
+    def open(self, run: Run) -> None:
+        self._steps, self._interval = run.config.train.steps, run.config.train.log_interval
+        self._first_step = run.first_step
+        self._started = self._since = time.perf_counter()
+        self._tokens = 0
+        self.bar.__enter__()
+
+    def record(self, row: Mapping[str, Any]) -> None:
+        self._tokens += row["tokens"]
+        last = row["step"] == self._steps or row["stop"]
+        validated = "val_loss" in row
+        if validated or last or (row["step"] % self._interval == 0 and not self.bar.live):
+            self._line(row)
+        self.bar.advance(1, f"loss {row['loss']:.4f}")
+
+    def close(self) -> None:
+        self.bar.__exit__(None, None, None)
+
+    def _line(self, row: Mapping[str, Any]) -> None:
+        now = time.perf_counter()
+        rate = self._tokens / (now - self._since)
+        self._tokens, self._since = 0, now
+        per_step = (now - self._started) / (row["step"] - self._first_step)
+        validation = f"  val {row['val_loss']:.4f}" if "val_loss" in row else ""
+        logger.info(
+            "step %*d/%d  loss %.4f%s  lr %.2e  %s tokens/s  %s left",
+            len(str(self._steps)),
+            row["step"],
+            self._steps,
+            row["loss"],
+            validation,
+            row["learning_rate"],
+            f"{rate:,.0f}",
+            clock_text(per_step * (self._steps - row["step"])),
+        )
+
+
 def clock_text(seconds: float) -> str:
-    """``seconds`` as M:SS or H:MM:SS."""
+    """Write ``seconds`` as M:SS or H:MM:SS."""
     whole = round(seconds)
     hours, minutes = divmod(whole // 60, 60)
     return f"{hours}:{minutes:02}:{whole % 60:02}" if hours else f"{minutes}:{whole % 60:02}"
 
 
+def make_sinks(config: Config, bar: ProgressBar) -> list[Sink]:
+    """Make the sinks of a run: the two that every run has, and those of ``run.sinks``. Raises UsageError, PluginError."""
+    sinks: list[Sink] = [MetricsSink(), LogSink(bar)]
+    for text in listed(config.run.sinks):
+        made = SINKS.load(text)
+        sink = made() if callable(made) else made
+        missing = [name for name in ("open", "record", "close") if not callable(getattr(sink, name, None))]
+        if missing:
+            raise PluginError(f"run.sinks: {text} has no method {missing[0]}: a sink needs open, record and close")
+        sinks.append(sink)
+    return sinks
+
+
 class Recorder:
-    """Writes metrics.jsonl and the log.
+    """Makes the rows and gives them to the sinks. A context that closes them.
 
     Args:
-        folder: of the run.
-        config: resolved.
-        first_step: steps finished before this start.
-        phases: of the root.
-        bar: shows the steps.
+        run: What the sinks are told.
+        sinks: Where the rows go.
+        phases: The phases of the root.
     """
 
-    def __init__(
-        self,
-        folder: RunFolder,
-        config: Config,
-        first_step: int,
-        phases: Phases,
-        bar: ProgressBar,
-    ) -> None:
-        self.folder = folder
-        self.config = config
-        self.first_step = first_step
+    def __init__(self, run: Run, sinks: Sequence[Sink], phases: Phases) -> None:
+        self.run = run
+        self.sinks = list(sinks)
         self.phases = phases
-        self.bar = bar
-        self.started = time.perf_counter()
         self.last_loss = float("nan")
         self._before = dict(phases.seconds)
-        self._tokens = 0
-        self._since = self.started
+        self._opened: list[Sink] = []
+
+    @property
+    def wants_ranks(self) -> bool:
+        """Whether some sink wants to know of every rank at each log interval."""
+        return any(isinstance(sink, RanksSink) for sink in self.sinks)
+
+    def __enter__(self) -> "Recorder":
+        for sink in self.sinks:
+            sink.open(self.run)
+            self._opened.append(sink)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        while self._opened:
+            self._opened.pop().close()
 
     def record(self, result: StepResult, evaluation: Evaluation | None) -> None:
-        """Write the step's row, and its line where one is due."""
+        """Give the row of a committed step to every sink."""
         seconds = self.phases.seconds
         row = {
             "step": result.step,
@@ -72,71 +217,38 @@ class Recorder:
         }
         if evaluation is not None:
             row["val_loss"] = evaluation.loss
-        if self.config.lattice.coupling:
+        if self.run.config.lattice.coupling:
             row["lattice_loss"] = result.lattice_loss
         if not result.applied:
             row["skipped"] = True
         else:
             self.last_loss = result.loss
         self._before = dict(seconds)
-        self._tokens += result.tokens
-        self.folder.append_metrics(row)
-        due = evaluation is not None or result.step % self.config.train.log_interval == 0 or self._last(result)
-        if due:
-            self._line(result, evaluation)
-        self.bar.advance(1, f"loss {result.loss:.4f}")
+        for sink in self.sinks:
+            sink.record(row | {"stop": result.stop} if isinstance(sink, LogSink) else row)
 
-    def _last(self, result: StepResult) -> bool:
-        return result.step == self.config.train.steps or result.stop
-
-    def _line(self, result: StepResult, evaluation: Evaluation | None) -> None:
-        if self.bar.live and evaluation is None and not self._last(result):
-            return  # the bar tells it
-        now = time.perf_counter()
-        rate = self._tokens / (now - self._since)
-        self._tokens, self._since = 0, now
-        steps = self.config.train.steps
-        per_step = (now - self.started) / (result.step - self.first_step)
-        validation = f"  val {evaluation.loss:.4f}" if evaluation else ""
-        logger.info(
-            "step %*d/%d  loss %.4f%s  lr %.2e  %s tokens/s  %s left",
-            len(str(steps)),
-            result.step,
-            steps,
-            result.loss,
-            validation,
-            result.learning_rate,
-            f"{rate:,.0f}",
-            clock_text(per_step * (steps - result.step)),
-        )
+    def ranks(self, records: Sequence[Mapping[str, Any]]) -> None:
+        """Give what the ranks told to the sinks that want it."""
+        for sink in self.sinks:
+            if isinstance(sink, RanksSink):
+                sink.ranks(records)
 
 
 class Saver:
     """Saves the run when it is due.
 
     Args:
-        folder: of the run.
-        config: resolved.
-        dataset: whose identity and tokenizer go along.
-        model, optimizer, progress: the state to save, but for the moments.
+        folder: The folder of the run.
+        config: The resolved configuration.
+        dataset: The dataset, whose identity and tokenizer go along.
+        step: The step that is saved already, or 0.
     """
 
-    def __init__(
-        self,
-        folder: RunFolder,
-        config: Config,
-        dataset: TokenDataset,
-        model: Transformer,
-        optimizer: Optimizer,
-        progress: Progress,
-    ) -> None:
+    def __init__(self, folder: RunFolder, config: Config, dataset: TokenDataset, step: int) -> None:
         self.folder = folder
         self.config = config
         self.dataset = dataset
-        self.model = model
-        self.optimizer = optimizer
-        self.progress = progress
-        self._saved_step = progress.step
+        self._saved_step = step
         self._saved_at = time.monotonic()
         settings = config.checkpoint
         self._writer = CheckpointWriter(
@@ -147,40 +259,34 @@ class Saver:
         )
 
     def due(self, step: int) -> bool:
-        """Whether a checkpoint is due after ``step``."""
+        """Tell whether a checkpoint is due after ``step``."""
         settings = self.config.checkpoint
         by_steps = settings.interval and step % settings.interval == 0
         by_time = settings.minutes and time.monotonic() - self._saved_at > 60 * settings.minutes
         return bool(by_steps or by_time)
 
-    def save(self, loss: float, m: NDArray, v: NDArray) -> None:
-        """Start to save the state of the last committed step.
-
-        Args:
-            loss: of that step.
-            m, v: the whole moments.
-        """
-        self._writer.save(self._checkpoint(loss, m, v))
-        self._saved_step = self.progress.step
+    def save(self, loss: float, state: RunState) -> None:
+        """Start to save ``state``, whose last step had this loss."""
+        progress = state.progress
+        self._writer.save(
+            Checkpoint(
+                step=progress.step,
+                cursor=progress.cursor,
+                seed=self.config.train.seed,
+                adam_count=progress.updates,
+                skipped_steps=progress.skipped,
+                config=flatten(self.config),
+                tokenizer=self.dataset.tokenizer,
+                dataset_sha256=self.dataset.sha256,
+                parameters=dict(state.parameters),
+                state={name: dict(tensors) for name, tensors in state.optimizer.items()},
+                loss=loss,
+            )
+        )
+        self._saved_step = progress.step
         self._saved_at = time.monotonic()
 
     def finish(self) -> Path:
         """Wait for the checkpoint under way; return the newest one's path. Raises UserError where it failed."""
         self._writer.finish()
         return self.folder.checkpoints.path_for(self._saved_step)
-
-    def _checkpoint(self, loss: float, m: NDArray, v: NDArray) -> Checkpoint:
-        order = self.model.tensors_in_token_order
-        return Checkpoint(
-            step=self.progress.step,
-            cursor=self.progress.cursor,
-            seed=self.config.train.seed,
-            adam_count=self.optimizer.count,
-            skipped_steps=self.progress.skipped,
-            config=flatten(self.config),
-            tokenizer=self.dataset.tokenizer,
-            dataset_sha256=self.dataset.sha256,
-            parameters=order(self.model.parameters.vector),
-            state={"m": order(m), "v": order(v)},
-            loss=loss,
-        )

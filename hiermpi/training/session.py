@@ -1,51 +1,33 @@
-"""A training run from its command line to its exit code, on every rank."""
+"""A training run on the ranks of a communicator, from its settings to its result."""
 
-import argparse
 import logging
 import os
-import sys
+import socket
 import time
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from mpi4py import MPI
-from numpy.typing import NDArray
-
-from hiermpi.communication.agreement import agree, broadcast_object, gather_objects
-from hiermpi.communication.autotune import make_reduction
+from hiermpi.communication.agreement import agree, agreed, broadcast_object, from_root, gather_objects
 from hiermpi.communication.communicators import Communicators
-from hiermpi.communication.compute_slots import make_turns
-from hiermpi.communication.reduction import Reduction, hand_down
-from hiermpi.communication.scatter import make_scatter
-from hiermpi.communication.sharded_state import deal_out_owned, gather_owned
-from hiermpi.communication.shutdown import ErrorSink, set_error_sink
 from hiermpi.communication.waiting import Waiter
 from hiermpi.config.schema import Config, duration_seconds
-from hiermpi.data.rows import ID_COLUMNS
-from hiermpi.data.sampling import Sampler
-from hiermpi.errors import EXIT_DONE, EXIT_STOPPED, UserError
-from hiermpi.hierarchy.routing import Router
-from hiermpi.kernels import load_kernels
-from hiermpi.kernels.memory import lazy_zeros
-from hiermpi.model.symmetry import symmetry_groups
-from hiermpi.model.transformer import Transformer
-from hiermpi.optimizer.slots import slots_of
-from hiermpi.optimizer.sums import differing, routed_together, summed_type
+from hiermpi.model.contract import load_family
 from hiermpi.signals import StopRequests
+from hiermpi.training.assembly import Choices, Rank, assemble
 from hiermpi.training.batches import BatchSource, EvaluationSource
-from hiermpi.training.evaluation import Evaluation
-from hiermpi.training.evaluator import Evaluator
-from hiermpi.training.faults import Fault, parse_faults
-from hiermpi.training.phases import Phases
-from hiermpi.training.placement import make_optimizer, optimizer_settings, ownership_of
-from hiermpi.training.summary import gather_ranks
-from hiermpi.training.trainer import Progress, Trainer
+from hiermpi.training.evaluation import Evaluation, Evaluator
+from hiermpi.training.phases import Fault, parse_faults
+from hiermpi.training.state import Progress, RunState, gather_state
+from hiermpi.training.trainer import Trainer
 
 # Rank 0 alone imports the storage layer (opening, recording): h5py is paid once, not once per rank.
 
 if TYPE_CHECKING:
+    from mpi4py import MPI
+
     from hiermpi.training.opening import OpenedRun
     from hiermpi.training.recording import Recorder, Saver
 
@@ -53,243 +35,223 @@ logger = logging.getLogger("hiermpi")
 
 
 @dataclass(frozen=True)
+class TrainResult:
+    """How a training run ended; the same on every rank, but for what only the root knows."""
+
+    run: str
+    step: int
+    """Steps finished."""
+    steps: int
+    """Steps of the whole run."""
+    loss: float
+    """Of the last step that was not skipped, in nats per token; NaN where this start did none."""
+    validation_loss: float | None
+    """Over the validation split; None where the run was stopped before."""
+    bits_per_byte: float | None
+    """The same in bits per byte of the text."""
+    stopped: bool
+    """Whether somebody asked the run to stop; the same call again continues it."""
+    reason: str = ""
+    """What stopped it."""
+    skipped: int = 0
+    """Steps that were skipped for a non-finite loss or gradient."""
+    already_done: bool = False
+    """Whether the run was done before, and this start did nothing."""
+    checkpoint: str = ""
+    """The newest checkpoint (root only)."""
+    ranks: tuple[dict[str, Any], ...] = ()
+    """What each rank did, as in ``ranks.jsonl`` (root only)."""
+
+
+@dataclass(frozen=True)
 class Start:
     """What rank 0 tells the others before work begins."""
 
     config: Config
-    run: str
     finished: bool
-    step: int
-    cursor: int
-    skipped: int
-    adam_count: int
+    progress: Progress
     reductions: dict[str, str]
-    """What ``hierarchy.reduction = auto`` chose at earlier starts, by ranks and ranks per node."""
+    """What ``hierarchy.reduction`` chose by time at earlier starts, by ranks and ranks per node."""
     faults: tuple[Fault, ...]
 
 
-def train(arguments: argparse.Namespace, world: MPI.Comm) -> int:
-    """Run ``hiermpi train``; return its exit code. Collective over ``world``."""
-    opened, start = open_everywhere(arguments, world)
-    if start.finished:
-        if opened is not None:
-            print(f"{start.run} is done at step {start.step}: a larger --train.steps continues it")
-        return EXIT_DONE
-    set_error_sink(write_error_to(start.run))
-    config = start.config
-    comms = Communicators(
-        world,
-        config.model.symmetry_order,
-        config.hierarchy.coordinators,
-        config.run.stall_warn,
-        config.run.stall_abort,
-    )
-    session = Session(start, comms, opened)
-    code = session.run()
-    session.reduction.free()
-    comms.free()
-    return code
+def train(
+    config: Config,
+    *,
+    data: Path | str,
+    run: Path | str,
+    resume: str = "auto",
+    family: Any = None,
+    rule: Any = None,
+    reduction: Any = None,
+    routing: Any = None,
+    comm: "MPI.Comm | None" = None,
+) -> TrainResult:
+    """Train a model on the ranks of ``comm``, or go on with a run. Collective over ``comm``.
+
+    Nothing outlives the call: it finalizes no MPI, ends no process, and gives the signal handlers back.
+
+    Args:
+        config: The settings; those of rank 0 count.
+        data: The dataset, made by :func:`hiermpi.prepare` or ``hiermpi prepare``.
+        run: The run folder, new or to be continued.
+        resume: ``auto`` goes on from the newest whole checkpoint of the run, ``none`` starts again, a path names one.
+        family: A model family of your own, in place of ``model.family``; an object, the same on every rank.
+        rule: An optimizer rule of your own, in place of ``optimizer.rule``.
+        reduction: A reduction of your own, in place of ``hierarchy.reduction``.
+        routing: A routing rule of your own, in place of ``hierarchy.routing``.
+        comm: The ranks; by default all that the launcher started.
+
+    Raises:
+        UserError: On every rank, where something the user gave is wrong, before any work.
+    """
+    from mpi4py import MPI
+
+    choices = Choices(family, rule, reduction, routing)
+    return run_training(comm or MPI.COMM_WORLD, lambda: config, Path(data), Path(run), resume, choices)
 
 
-def open_everywhere(arguments: argparse.Namespace, world: MPI.Comm) -> tuple["OpenedRun | None", Start]:
-    """Open the run on rank 0 and tell every rank; an error there is raised everywhere. Collective over ``world``."""
-    opened, start, error = None, None, None
-    if world.rank == 0:
+def run_training(
+    world: "MPI.Comm",
+    make_config: Callable[[], Config],
+    data: Path,
+    run: Path,
+    resume: str = "auto",
+    choices: Choices | None = None,
+) -> TrainResult:
+    """Do what :func:`train` does; ``make_config`` is called on rank 0 alone. Collective over ``world``."""
+    choices = choices or Choices()
+    opened: list[OpenedRun] = []
+
+    def open_here() -> Start:
         from hiermpi.training.opening import describe_start, open_run
 
-        try:
-            faults = parse_faults(os.environ)
-            opened = open_run(arguments, world.size)
-            saved = opened.checkpoint
-            start = Start(
-                opened.config,
-                str(arguments.run),
-                opened.finished,
-                saved.step if saved else 0,
-                saved.cursor if saved else 0,
-                saved.skipped_steps if saved else 0,
-                saved.adam_count if saved else 0,
-                opened.folder.read_reductions(),
-                faults,
-            )
-            if not opened.finished:
-                logger.info("%s", describe_start(opened))
-        except Exception as caught:  # noqa: BLE001  (raised on all ranks by agree)
-            error = caught
-    waiter = Waiter()
-    agree(world, error, waiter)
-    return opened, broadcast_object(world, start, waiter)
+        faults, config = parse_faults(os.environ), make_config()
+        family = load_family(choices.family or config.model.family)
+        found = open_run(config, data, run, resume, family, world.size)
+        opened.append(found)
+        if not found.finished:
+            logger.info("%s", describe_start(found))
+        saved = found.checkpoint
+        progress = Progress(saved.step, saved.cursor, saved.skipped_steps, saved.adam_count) if saved else Progress()
+        return Start(found.config, found.finished, progress, found.folder.read_reductions(), faults)
 
-
-def write_error_to(run: str) -> ErrorSink:
-    """A sink for tracebacks that writes into the run folder."""
-
-    def sink(rank: int, text: str) -> str:
-        from hiermpi.storage.run_folder import RunFolder
-
-        return str(RunFolder(run).write_error(rank, text))
-
-    return sink
-
-
-def limit_threads(threads: int, comms: Communicators) -> None:
-    """Give this rank's BLAS its threads; warn where the ranks of the node then have more than its cores."""
-    if threads > 1:
-        from threadpoolctl import threadpool_limits
-
-        threadpool_limits(threads, user_api="blas")
-        load_kernels().own_products = False  # they know one thread
-        cores = os.cpu_count() or 1
-        if comms.rank == 0 and comms.node.size * threads > cores:
-            logger.warning(
-                "%d ranks of %d threads share the %d cores of this node: start fewer ranks, or lower "
-                "run.threads_per_rank",
-                comms.node.size,
-                threads,
-                cores,
-            )
-
-
-def require_one_kind(comms: Communicators) -> None:
-    """Refuse ranks whose kernels or BLAS differ: they would not compute the same bits. Collective over the world.
-
-    Raises UserError on every rank.
-    """
-    kinds = gather_objects(comms.world, arithmetic(), comms.waiter)
-    found = differing(kinds) if kinds else None
-    error = None
-    if kinds and found:
-        one, other = found
-        error = UserError(
-            f"hierarchy.reproducible: rank {one} computes with {kinds[one]}, rank {other} with {kinds[other]}: start "
-            "on nodes of one kind, or set HIERMPI_KERNELS and OPENBLAS_CORETYPE to what all of them have"
+    start = from_root(world, open_here, Waiter())
+    if start.finished:
+        return TrainResult(
+            str(run), start.progress.step, start.config.train.steps, float("nan"), None, None, False, already_done=True
         )
-    agree(comms.world, error, comms.waiter)
-
-
-def arithmetic() -> str:
-    """What this rank's results depend on: its kernels, and its BLAS with the processor that it is tuned for."""
-    from threadpoolctl import threadpool_info
-
-    libraries = {
-        f"{entry['internal_api']} {entry.get('version')} for {entry.get('architecture', 'any processor')}"
-        for entry in threadpool_info()
-        if entry["user_api"] == "blas"
-    }
-    return f"{load_kernels().name} kernels and {' and '.join(sorted(libraries)) or 'an unknown BLAS'}"
+    hierarchy, limits = start.config.hierarchy, start.config.run
+    comms = Communicators(
+        world, start.config.model.symmetry_order, hierarchy.coordinators, limits.stall_warn, limits.stall_abort
+    )
+    session = Session(start, comms, str(run), opened[0] if opened else None, choices)
+    result = session.run()
+    session.rank.free()
+    comms.free()
+    return result
 
 
 class Session:
-    """Everything a rank holds during a run. Its constructor and methods are collective over the hierarchy.
+    """A run on one rank. The constructor and :meth:`run` are collective over the hierarchy.
 
     Args:
-        start: from rank 0.
-        comms: the hierarchy.
-        opened: at the root, what it opened.
+        start: What rank 0 told.
+        comms: The hierarchy.
+        run: The run folder.
+        opened: What rank 0 opened; None elsewhere.
+        choices: Objects of the user's own.
     """
 
-    def __init__(self, start: Start, comms: Communicators, opened: "OpenedRun | None") -> None:
+    def __init__(
+        self, start: Start, comms: Communicators, run: str, opened: "OpenedRun | None", choices: Choices
+    ) -> None:
         self.start = start
-        self.comms = comms
+        self.folder = run
         self.opened = opened
         self.config = config = start.config
-        limit_threads(config.run.threads_per_rank, comms)
-        if config.hierarchy.reproducible:
-            require_one_kind(comms)
-        self.groups = self._groups()
-        self.ownership = ownership_of(config, comms.topology, self.groups)
-        self.reduction = self._reduction()
-        self.phases = Phases(comms.rank, comms.waiter, start.faults)
-        self.progress = Progress(start.step, start.cursor, start.skipped)
+        self.comms = comms
         self.stopping = self._stop_requests()
-        self.model = self._model()
-        turns = make_turns(comms, self.model, config.run.threads_per_rank)
-        moments = self.reduction.moment_slots()
-        self.optimizer = make_optimizer(config, self.model, moments, self.ownership, comms.rank)
-        self._load_state()
-        self._saved_step = start.step if start.step else -1
-        scatter = make_scatter(
-            comms,
-            ID_COLUMNS + config.model.context_length + 1,
-            max(config.train.batch_size, comms.topology.n_leaves),
-            in_memory=self.reduction.name == "shared",
-        )
-        self.trainer = Trainer(
+        layout = comms.topology.layout
+        saved = opened.checkpoint if opened else None
+        self.rank = rank = assemble(
             config,
             comms,
-            self.model,
-            self.reduction,
-            scatter,
-            self.phases,
-            self.stopping,
-            turns,
-            self.progress,
-            optimizer_settings(config).learning_rate,
-            self._source(),
-            self.optimizer,
+            data=opened.dataset if opened else None,
+            state=RunState(start.progress, saved.parameters, saved.state) if saved else None,
+            progress=start.progress,
+            choices=choices,
+            known="" if config.hierarchy.retune else start.reductions.get(layout, ""),
+            stopping=self.stopping,
+            faults=start.faults,
         )
-        self.evaluator = Evaluator(
-            self.model,
-            comms,
-            scatter,
-            self.reduction.sum_everywhere,
-            self._evaluation_source(),
-            max(config.train.batch_size, comms.topology.n_leaves),
-            turns,
-            self.stopping.requested,
-        )
+        self._keep_reduction(layout)
+        self._saved_step = rank.progress.step or -1
+        self.trainer = Trainer(rank, rank.batch_source(opened.dataset) if opened else None)
+        windows = None
+        if opened:
+            limit = config.train.eval_batches * config.train.batch_size
+            table = rank.model.parameters.row_of_token
+            windows = EvaluationSource(opened.dataset, "val", config.model.context_length, table, limit)
+        self.evaluator = Evaluator(rank, windows, max(config.train.batch_size, comms.topology.n_leaves))
 
-    def run(self) -> int:
-        """Train to the end or to a request to stop; return the exit code."""
+    def run(self) -> TrainResult:
+        """Train to the end or to a request to stop."""
         recorder, saver = self._recording()
         if saver:
             self.trainer.save_due = saver.due
+        self._listening = from_root(self.comms.world, lambda: bool(recorder and recorder.wants_ranks), self.comms.waiter)
         self.started = time.perf_counter()
-        with recorder.bar if recorder else nullcontext():
-            stopped, evaluation = self._loop(recorder, saver)
-        if not stopped and evaluation is None:
-            evaluation = self.evaluator.evaluate()
-            stopped = evaluation is None
-        with self.phases("checkpoint"):
-            self._save(recorder, saver, final=True)
-        self._finish(recorder, saver, stopped, evaluation)
-        return EXIT_STOPPED if stopped else EXIT_DONE
+        with self.stopping:
+            with ExitStack() as stack:
+                if recorder:
+                    stack.enter_context(recorder)
+                stopped, evaluation = self._loop(recorder, saver)
+            if not stopped and evaluation is None:
+                evaluation = self.evaluator.evaluate()
+                stopped = evaluation is None
+            with self.rank.phases("checkpoint"):
+                self._save(recorder, saver, final=True)
+            return self._finish(recorder, saver, stopped, evaluation)
 
     def _loop(self, recorder: "Recorder | None", saver: "Saver | None") -> tuple[bool, Evaluation | None]:
         train = self.config.train
-        while self.progress.step < train.steps:
+        while self.rank.progress.step < train.steps:
             result = self.trainer.step()
             stop, evaluation = result.stop, None
             last = result.step == train.steps
             if last or (train.eval_interval and result.step % train.eval_interval == 0):
-                with self.phases("evaluate"):
+                with self.rank.phases("evaluate"):
                     evaluation = self.evaluator.evaluate()
                 stop = stop or evaluation is None
             if recorder:
                 recorder.record(result, evaluation)
+            if self._listening and result.step % train.log_interval == 0:
+                records = self._gather_ranks()
+                if recorder and records:
+                    recorder.ranks(records)
             if last and evaluation is not None:
                 return False, evaluation
             if stop:
                 return True, None
             if result.save:
-                with self.phases("checkpoint"):
+                with self.rank.phases("checkpoint"):
                     self._save(recorder, saver)
         return False, None
 
     def _save(self, recorder: "Recorder | None", saver: "Saver | None", final: bool = False) -> None:
-        """Save the owners' state at the root, unless that is on disk already.
+        """Save the state at the root, unless it is on disk already.
 
         With ``final`` all ranks wait until it is, and a failure is everyone's. Collective over the hierarchy.
         """
         error = None
-        unsaved = self.progress.step != self._saved_step
-        self._saved_step = self.progress.step
-        mine = self.optimizer.moments if self.optimizer else (None, None)
-        m, v = (gather_owned(self.comms, self.ownership, vector) if unsaved else None for vector in mine)
+        unsaved = self.rank.progress.step != self._saved_step
+        self._saved_step = self.rank.progress.step
+        state = gather_state(self.rank) if unsaved else None
         try:
             if recorder and saver:
-                if m is not None and v is not None:
-                    saver.save(recorder.last_loss, m, v)
+                if state is not None:
+                    saver.save(recorder.last_loss, state)
                 if final:
                     saver.finish()
         except Exception as caught:  # noqa: BLE001  (raised on all ranks by agree)
@@ -301,138 +263,115 @@ class Session:
 
     def _finish(
         self, recorder: "Recorder | None", saver: "Saver | None", stopped: bool, evaluation: Evaluation | None
-    ) -> None:
+    ) -> TrainResult:
+        """Write what the ranks did, mark the run done or stopped, and tell every rank how it ended."""
+        records = self._gather_ranks() or []
+        result = None
+        with agreed(self.comms.world, self.comms.waiter):
+            if recorder and saver and self.opened:
+                folder, dataset = self.opened.folder, self.opened.dataset
+                folder.write_ranks(records)
+                bits = None
+                if evaluation:
+                    bits = evaluation.bits_per_byte(dataset.length("val") / max(dataset.val_bytes, 1))
+                result = TrainResult(
+                    self.folder,
+                    self.rank.progress.step,
+                    self.config.train.steps,
+                    recorder.last_loss,
+                    evaluation.loss if evaluation else None,
+                    bits,
+                    stopped,
+                    (self.stopping.reason or "a signal on another rank") if stopped else "",
+                    self.rank.progress.skipped,
+                    checkpoint=str(saver.finish()),
+                )
+                if stopped:
+                    folder.clear_stop()
+                else:
+                    folder.mark_done(f"step {self.rank.progress.step}\n")
+        told: TrainResult = broadcast_object(self.comms.world, result, self.comms.waiter)
+        return told if result is None else TrainResult(**{**vars(result), "ranks": tuple(records)})
+
+    def _gather_ranks(self) -> list[dict[str, Any]] | None:
+        """One record of each rank at the root; None elsewhere. Collective over the world."""
         elapsed = time.perf_counter() - self.started
-        records = gather_ranks(self.trainer, self.comms, self.start.step, elapsed)
-        if not (records and recorder and saver and self.opened):
-            return
-        from hiermpi.reporting.tables import load_lines, machine_lines, phase_table
-
-        folder = self.opened.folder
-        folder.write_ranks(records)
-        lines = self._result_lines(recorder.last_loss, stopped, evaluation)
-        lines += ["", *phase_table(records), *machine_lines(records), *load_lines(records[0])]
-        lines += ["", f"{'checkpoint':22}{saver.finish()}"]
-        if stopped:
-            folder.clear_stop()
-            lines.append(f"{'next':22}the same command again continues")
-        else:
-            folder.mark_done(f"step {self.progress.step}\n")
-            lines.append(f"{'next':22}hiermpi evaluate {folder.path} --data {self.opened.dataset.path}")
-        print("\n".join(lines))
-        sys.stdout.flush()
-
-    def _result_lines(self, loss: float, stopped: bool, evaluation: Evaluation | None) -> list[str]:
-        progress = self.progress
-        what = f"stopped by {self.stopping.reason or 'a signal on another rank'}" if stopped else "done"
-        lines = [f"{what} after step {progress.step} of {self.config.train.steps}", f"{'loss':22}{loss:.4f} nats"]
-        if evaluation and self.opened:
-            dataset = self.opened.dataset
-            bits = evaluation.bits_per_byte(dataset.length("val") / max(dataset.val_bytes, 1))
-            lines.append(f"{'validation':22}{evaluation.loss:.4f} nats per token, {bits:.3f} bits per byte")
-        if progress.skipped:
-            lines.append(f"{'skipped steps':22}{progress.skipped}")
-        return lines
+        record = rank_record(self.rank, self.trainer, self.start.progress.step, elapsed)
+        return gather_objects(self.comms.world, record, self.comms.waiter)
 
     def _stop_requests(self) -> StopRequests:
         if self.opened is None:
             return StopRequests()
         return StopRequests(self.opened.folder.stop_requested, duration_seconds(self.config.run.time_limit))
 
-    def _reduction(self) -> Reduction:
-        """As configured; a choice by time is kept in the run folder, so that a resumed run sums in the same way."""
-        config, place = self.config.hierarchy, self.comms.topology.layout
-        known = "" if config.retune else self.start.reductions.get(place, "")
-        dtype, slots = summed_type(self.config), slots_of(self.config)
-        chosen = make_reduction(config.reduction, self.comms, self.ownership, dtype, known, slots)
-        error = None
-        if self.opened and chosen.seconds:
-            times = ", ".join(f"{name} {1e3 * seconds:.1f} ms" for name, seconds in chosen.seconds.items())
-            logger.info("hierarchy.reduction: %s (%s)", chosen.reduction.name, times)
-            try:
-                self.opened.folder.keep_reduction(place, chosen.reduction.name)
-            except UserError as caught:
-                error = caught
-        agree(self.comms.world, error, self.comms.waiter)
-        return chosen.reduction
-
-    def _groups(self) -> NDArray[np.uint8]:
-        """(V,) symmetry class of each token id."""
-        shape = self.config.model
-        known = self.opened.dataset.symmetry_group if self.opened else None
-        groups = symmetry_groups(known, shape.vocab_size, shape.symmetry_order)
-        hand_down(self.comms, groups)
-        return groups
-
-    def _model(self) -> Transformer:
-        """The model, with room for its parameters on every rank."""
-        error, model = None, None
-        try:
-            model = Transformer(
-                self.config.model,
-                self.groups,
-                storage=self.reduction.parameter_slots(),
-                micro_batch_size=self.config.train.micro_batch_size,
-            )
-        except MemoryError as caught:
-            error = caught
-        agree(self.comms.world, error, self.comms.waiter)
-        assert model is not None
-        return model
-
-    def _load_state(self) -> None:
-        """Moments and parameters, from the checkpoint or initialised. Collective over the hierarchy."""
-        saved, model = self.opened.checkpoint if self.opened else None, self.model
-        if saved is not None:
-            model.load_token_order(saved.parameters, model.parameters.vector)
-        elif self.opened:
-            model.initialize(self.config.train.seed)
-        self.reduction.share(model.parameters.vector)
-        if not self.start.adam_count:
-            return
-        if self.optimizer:
-            self.optimizer.count = self.start.adam_count
-        for name in ("m", "v"):
-            whole = None
-            if saved is not None:
-                whole = lazy_zeros(model.parameters.size, np.float32)
-                model.load_token_order(saved.state[name], whole)
-            mine = getattr(self.optimizer.moments, name) if self.optimizer else None
-            deal_out_owned(self.comms, self.ownership, whole, mine)
-
-    def _source(self) -> BatchSource | None:
-        if self.opened is None:
-            return None
-        dataset, config = self.opened.dataset, self.config
-        sampler = Sampler(dataset.length("train"), config.model.context_length, config.train.seed)
-        tables = (dataset.symmetry_group, dataset.counts)
-        router = Router(self.comms.topology, config.hierarchy.routing, *tables, routed_together(config))
-        return BatchSource(dataset, sampler, router, self.model.symmetry.row_of_token, config.train.batch_size)
-
-    def _evaluation_source(self) -> EvaluationSource | None:
-        if self.opened is None:
-            return None
-        limit = self.config.train.eval_batches * self.config.train.batch_size
-        return EvaluationSource(
-            self.opened.dataset, "val", self.config.model.context_length, self.model.symmetry.row_of_token, limit
-        )
+    def _keep_reduction(self, layout: str) -> None:
+        """Keep a choice by time in the run folder, so that a resumed run sums in the same way. Collective."""
+        seconds, name = self.rank.timed, self.rank.reduction.name
+        with agreed(self.comms.world, self.comms.waiter):
+            if self.opened and seconds:
+                times = ", ".join(f"{which} {1e3 * taken:.1f} ms" for which, taken in seconds.items())
+                logger.info("hierarchy.reduction: %s (%s)", name, times)
+                self.opened.folder.keep_reduction(layout, name)
 
     def _recording(self) -> "tuple[Recorder | None, Saver | None]":
-        """The root's recorder and saver, with the run folder brought back to the resumed step."""
-        if self.opened is None or self.optimizer is None:
-            return None, None
+        """Make the root's recorder and saver, with the run folder brought back to the resumed step."""
+        made: list[tuple[Recorder, Saver]] = []
+        with agreed(self.comms.world, self.comms.waiter):
+            if self.opened is not None:
+                made.append(self._recording_at_root(self.opened))
+        return made[0] if made else (None, None)
+
+    def _recording_at_root(self, opened: "OpenedRun") -> "tuple[Recorder, Saver]":
         from hiermpi.config.loading import config_to_toml
         from hiermpi.progress import ProgressBar
-        from hiermpi.training.recording import Recorder, Saver
+        from hiermpi.training.recording import Recorder, Run, Saver, make_sinks
 
-        folder, config = self.opened.folder, self.config
+        folder, config, step = opened.folder, self.config, self.start.progress.step
+        bar = ProgressBar("training", config.train.steps, step, lines=False)
+        sinks = make_sinks(config, bar)
         folder.clear_done()
         folder.clear_stop()
         folder.write_config(config_to_toml(config))
-        if self.opened.goes_back:
-            folder.set_aside_after(self.progress.step)
-        folder.truncate_metrics(self.progress.step)
-        bar = ProgressBar("training", config.train.steps, self.progress.step, lines=False)
-        recorder = Recorder(folder, config, self.progress.step, self.phases, bar)
-        saver = Saver(folder, config, self.opened.dataset, self.model, self.optimizer, self.progress)
-        return recorder, saver
+        if opened.goes_back:
+            folder.set_aside_after(step)
+        folder.truncate_metrics(step)
+        recorder = Recorder(Run(folder.path, config, step), sinks, self.rank.phases)
+        return recorder, Saver(folder, config, opened.dataset, step)
+
+
+def rank_record(rank: Rank, trainer: Trainer, first_step: int, elapsed: float) -> dict[str, Any]:
+    """Tell what this rank did in this start, as in ``ranks.jsonl``.
+
+    Args:
+        rank: What this rank holds.
+        trainer: Its trainer.
+        first_step: The steps that were finished before this start.
+        elapsed: The seconds since it.
+    """
+    phases, comms, optimizer = rank.phases, rank.comms, rank.optimizer
+    record = {
+        "rank": comms.rank,
+        "role": str(comms.role),
+        "group": comms.group_index,
+        "host": socket.gethostname(),
+        "cores": os.cpu_count() or 1,
+        "first_step": first_step,
+        "last_step": rank.progress.step,
+        "elapsed": round(elapsed, 6),
+        "sequences": trainer.sequences,
+        "tokens": trainer.tokens,
+        "owned_rows": optimizer.rows if optimizer else 0,
+        "owned_parameters": optimizer.elements if optimizer else 0,
+        "phases": {name: round(seconds, 6) for name, seconds in phases.seconds.items()},
+        "waits": {name: round(seconds, 6) for name, seconds in phases.waits.items()},
+        "waiting_cpu": round(phases.waiting_cpu, 6),
+        "cpu": {name: round(seconds, 6) for name, seconds in phases.cpu.items()},
+    }
+    if trainer.source is not None:
+        router = trainer.source.router
+        record |= {
+            "loads": router.loads.tolist(),
+            "routed_tokens": router.tokens,
+            "own_tokens": router.own_tokens,
+        }
+    return record

@@ -9,45 +9,29 @@ before it has committed the one before, and the slot of that one stays until the
 
 import logging
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from math import isfinite
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hiermpi.communication.agreement import gather_objects
-from hiermpi.communication.communicators import Communicators
-from hiermpi.communication.compute_slots import Turns
-from hiermpi.communication.reduction import Reduction
-from hiermpi.communication.scatter import Scatter
-from hiermpi.config.schema import Config
-from hiermpi.data.rows import ID_COLUMNS, unpack_rows
-from hiermpi.errors import UserError
-from hiermpi.model.contract import Model, WritingModel
-from hiermpi.optimizer.sums import add_fixed, from_fixed, largest_addend, rounded_loss, unit_sequences
-from hiermpi.optimizer.update import Optimizer, norm_and_lattice_loss
-from hiermpi.signals import StopRequests
+from hiermpi.data.sequences import ID_COLUMNS, unpack_rows
+from hiermpi.errors import PluginError, UserError
+from hiermpi.model.contract import WritingModel, check_result
+from hiermpi.optimizer.sums import all_finite, make_sums
+from hiermpi.optimizer.update import norm_and_lattice_loss
+from hiermpi.model.contract import Batch
 from hiermpi.training.batches import BatchSource, PreparedBatch, rows_to_batch
-from hiermpi.training.phases import Phases
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from hiermpi.training.assembly import Rank
 
 MOST_SKIPPED_IN_A_ROW = 10
 
 logger = logging.getLogger("hiermpi")
-
-
-@dataclass
-class Progress:
-    """Where the run stands: that of the last committed step."""
-
-    step: int = 0
-    """Steps finished, skipped ones included."""
-    cursor: int = 0
-    """Sequences drawn by them."""
-    skipped: int = 0
-    """Steps that were skipped for a non-finite loss or gradient."""
-    skipped_in_a_row: int = 0
 
 
 class Verdict(NamedTuple):
@@ -85,62 +69,30 @@ class Trainer:
     """Runs steps. Every rank has one and calls the same methods; what a rank does follows from its data.
 
     Args:
-        config: resolved, the same on every rank.
-        comms: the hierarchy.
-        model: on every rank, with equal parameters.
-        reduction: how sums go up and parameters down; of int64 where ``hierarchy.reproducible``.
-        scatter: how rows go down.
-        phases: where time is accounted.
-        stopping: this rank's requests to stop.
-        turns: taken to compute.
-        progress: where the run stands, the same on every rank.
-        learning_rate: of a step, by the number of steps finished before it.
-        source: the batches (root only).
-        optimizer: (root and owners only).
+        rank: What this rank holds.
+        source: The batches, at the root; None elsewhere.
     """
 
-    def __init__(
-        self,
-        config: Config,
-        comms: Communicators,
-        model: Model,
-        reduction: Reduction,
-        scatter: Scatter,
-        phases: Phases,
-        stopping: StopRequests,
-        turns: Turns,
-        progress: Progress,
-        learning_rate: Callable[[int], float],
-        source: BatchSource | None = None,
-        optimizer: Optimizer | None = None,
-    ) -> None:
-        self.config = config
-        self.comms = comms
-        self.model = model
-        self.reduction = reduction
-        self.scatter = scatter
-        self.phases = phases
-        self.stopping = stopping
-        self.turns = turns
-        self.progress = progress
-        self.learning_rate = learning_rate
+    def __init__(self, rank: "Rank", source: BatchSource | None = None) -> None:
+        self.rank = rank
+        self.config = rank.config
+        self.comms = rank.comms
+        self.model = rank.model
+        self.reduction = rank.reduction
+        self.phases = rank.phases
+        self.progress = rank.progress
         self.source = source
-        self.optimizer = optimizer
         self.save_due: Callable[[int], bool] = lambda _: False
-        """Whether to save after a step (asked at the root only, before it)."""
-        self.sums = reduction.gradient_vector()
-        """What is summed over the ranks: the gradients themselves, or their fixed-point form."""
-        self.reproducible = config.hierarchy.reproducible
-        self.gradients = model.parameters.new_vector() if self.reproducible else self.sums
-        """Of all this leaf's sequences, or of the unit in work."""
-        self._only_coordinates = reduction.keeps_gradients and not comms.topology.is_leaf(comms.rank)
-        """Whether this rank never computes, and the sum passes its gradients by."""
-        self.unit = unit_sequences(config)
-        self._largest = largest_addend(-(-config.train.batch_size // self.unit))
+        """Whether to save after a step; asked at the root only, before it."""
+        self.sums = make_sums(rank.config, rank.reduction.gradient_vector(), rank.reduction.keeps_gradients)
+        """What is summed over the ranks."""
         self.sequences = 0
         """Sequences that this rank has computed."""
         self.tokens = 0
         """Target tokens that this rank has computed."""
+        self._writes = isinstance(rank.model, WritingModel)
+        self._coordinates_only = rank.reduction.keeps_gradients and not rank.comms.topology.is_leaf(rank.comms.rank)
+        """Whether this rank never computes, and the sum passes its gradients by."""
         self._complaint = ""
 
     def step(self) -> StepResult:
@@ -155,14 +107,14 @@ class Trainer:
         with phases("batch"):
             batch = self.source.take(progress.cursor) if self.source else None
         with phases("scatter"):
-            rows = self.scatter.scatter(*((batch.rows, batch.routing.leaf) if batch else (None, None)))
+            rows = self.rank.scatter.scatter(*((batch.rows, batch.routing.leaf) if batch else (None, None)))
         with phases("batch"):
             if self.source and batch:
                 self.source.prepare(batch.next_cursor)
         with phases("compute"):
             sums = self._compute(rows)
         with phases("reduce"):
-            total = self.reduction.reduce(sums, self.sums)
+            total = self.reduction.reduce(sums, self.sums.vector)
         with phases("optimize"):
             verdict = self._optimize(sums, total)
         with phases("broadcast"):
@@ -175,7 +127,7 @@ class Trainer:
             verdict.grad_norm,
             verdict.lattice_loss,
             int(verdict.tokens),
-            self.learning_rate(progress.step - 1),
+            self.rank.learning_rate(progress.step - 1),
             time.perf_counter() - start,
             bool(verdict.applied),
             bool(verdict.stop),
@@ -183,68 +135,71 @@ class Trainer:
         )
 
     def _compute(self, rows: NDArray[np.int32]) -> NDArray[np.float64]:
-        """Put this leaf's gradient sums into :attr:`gradients`; return its part of the step's small sums."""
-        if self._only_coordinates:
-            return self._small_sums(0.0, 0, False)
-        if self.reproducible:
-            return self._compute_units(rows)
-        loss, tokens = self._write_gradients(rows)
-        # What the sum overwrites is looked at now; else a norm that is not finite will tell, and then who it was.
-        bad = not isfinite(loss) or not (self.reduction.keeps_gradients or all_finite(self.gradients))
-        self._complaint = self._describe_bad(rows) if bad else ""
-        return self._small_sums(loss, tokens, bad)
-
-    def _small_sums(self, loss: float, tokens: int, bad: bool) -> NDArray[np.float64]:
-        """[loss_sum, n_tokens, bad leaves, requests to stop, requests to save]."""
-        save = self.comms.rank == 0 and self.save_due(self.progress.step + 1)
-        return np.array([loss, tokens, bad, self.stopping.requested(), save], np.float64)
-
-    def _compute_units(self, rows: NDArray[np.int32]) -> NDArray[np.float64]:
-        """The same unit by unit, each as it would be on any other rank, into the fixed-point :attr:`sums`.
+        """Put this leaf's gradient sums into :attr:`sums`; return its part of the step's small sums.
 
         Rows come in the order of the batch and units are routed whole, so every unit but the batch's last is full.
         """
         loss, tokens, self._complaint = 0.0, 0, ""
-        for first in range(0, max(len(rows), 1), self.unit):
-            part = rows[first : first + self.unit]
+        if self._coordinates_only:
+            return self._small_sums(loss, tokens)
+        unit = self.sums.unit or max(len(rows), 1)
+        for first in range(0, max(len(rows), 1), unit):
+            part = rows[first : first + unit]
             unit_loss, unit_tokens = self._write_gradients(part)
-            fits = add_fixed(self.sums, self.gradients, self._largest, fresh=first == 0)
-            if not (fits and isfinite(unit_loss)) and not self._complaint:
+            good = self.sums.add(fresh=first == 0)
+            if not (good and isfinite(unit_loss)) and not self._complaint:
                 self._complaint = self._describe_bad(part)
-            loss, tokens = loss + rounded_loss(unit_loss), tokens + unit_tokens
-        return self._small_sums(loss, tokens, bool(self._complaint))
+            loss, tokens = loss + self.sums.rounded(unit_loss), tokens + unit_tokens
+        return self._small_sums(loss, tokens)
+
+    def _small_sums(self, loss: float, tokens: int) -> NDArray[np.float64]:
+        """Return [loss_sum, n_tokens, bad leaves, requests to stop, requests to save] of this rank."""
+        save = self.comms.rank == 0 and self.save_due(self.progress.step + 1)
+        return np.array([loss, tokens, bool(self._complaint), self.rank.stopping.requested(), save], np.float64)
 
     def _write_gradients(self, rows: NDArray[np.int32]) -> tuple[float, int]:
-        """The gradient of these sequences, if any, in place of what :attr:`gradients` held."""
-        batch = rows_to_batch(rows, self.config.train.seed, self.progress.step)
-        result = 0.0, 0
-        if len(rows) and isinstance(self.model, WritingModel):
-            with self.turns:
-                result = self.model.write_gradients(batch, self.gradients)
+        """Write the gradient of these sequences, if any, in place of what the sums' room held."""
+        room, result = self.sums.room, (0.0, 0)
+        if not len(rows):
+            room[:] = 0
         else:
-            self.gradients[:] = 0
-            if len(rows):
-                with self.turns:
-                    result = self.model.loss_and_gradients(batch, self.gradients)
+            batch = rows_to_batch(rows, self.config.train.seed, self.progress.step)
+            result = self._from_outside(batch) if self.rank.outside_model else self._from_model(batch)
         fault = self.phases.planted_nan()
         if fault is not None:
             spec = self.model.parameters.specs[fault.tensor]
-            self.gradients[self.model.parameters.offsets[spec.name]] = np.nan
+            room[self.model.parameters.offsets[spec.name]] = np.nan
         return result
+
+    def _from_model(self, batch: Batch) -> tuple[float, int]:
+        if self._writes:
+            with self.rank.slots:
+                return self.model.write_gradients(batch, self.sums.room)
+        self.sums.room[:] = 0
+        with self.rank.slots:
+            return self.model.loss_and_gradients(batch, self.sums.room)
+
+    def _from_outside(self, batch: Batch) -> tuple[float, int]:
+        """Do the same with a model from outside; what it raises or breaks is told in one sentence that names it."""
+        name = self.rank.outside_model
+        try:
+            result = self._from_model(batch)
+        except UserError:
+            raise
+        except Exception as error:
+            raise PluginError(f"model.family = {name}: {type(error).__name__}: {error}") from error
+        return check_result(name, result, batch)
 
     def _optimize(self, sums: NDArray[np.float64], total: NDArray) -> Verdict:
         """Decide on the step and, unless it must be skipped, update the owned parameters.
 
         All that decide come to the same verdict; other ranks hear it later. Collective over the hierarchy.
         """
-        optimizer = self.optimizer if self.reduction.decides else None
+        optimizer = self.rank.optimizer if self.reduction.decides else None
         findings, tokens = None, int(sums[1])
         if optimizer is not None:
-            if self.reproducible:
-                for start, stop, _ in optimizer.spans:
-                    from_fixed(self.gradients[start:stop], total[start:stop])
-                total = self.gradients
-            findings = optimizer.measure(total, tokens)
+            total = self.sums.total(optimizer.spans, total)
+            findings = optimizer.findings(total, optimizer.couple(total, tokens))
         if self.reduction.ownership.shared_out:
             self.reduction.exchange(findings)
         if optimizer is None or findings is None:
@@ -266,18 +221,18 @@ class Trainer:
         progress = self.progress
         progress.step += 1
         progress.cursor += self.config.train.batch_size
+        progress.updates += bool(verdict.applied)
         self.sequences += len(rows)
         self.tokens += int((rows[:, ID_COLUMNS + 1 :] >= 0).sum())
         if self.source and batch:
             self.source.router.record(batch.routing)
         if verdict.applied:
             self.model.parameters.flip()
-            if self.optimizer is not None:
-                self.optimizer.commit()
+            if self.rank.optimizer is not None:
+                self.rank.optimizer.commit()
             progress.skipped_in_a_row = 0
             return
-        unseen = self.reduction.keeps_gradients and not self.reproducible and not self._complaint
-        if unseen and not all_finite(self.gradients):
+        if self.sums.looks_later and not self._complaint and not all_finite(self.sums.vector):
             self._complaint = self._describe_bad(rows)
         progress.skipped += 1
         progress.skipped_in_a_row += 1
@@ -291,12 +246,7 @@ class Trainer:
             raise error
 
     def _describe_bad(self, rows: NDArray[np.int32]) -> str:
-        tensors = self.model.parameters.views(self.gradients)
-        names = [name for name, tensor in tensors.items() if not np.isfinite(tensor).all()]
-        if not names and self.reproducible:
-            large = np.float32(self._largest)
-            names = [f"{name} (too large for a sum)" for name, t in tensors.items() if (np.abs(t) >= large).any()]
-        names = names or ["the loss"]
+        names = self.sums.complaints(self.model.parameters.views(self.sums.room)) or ["the loss"]
         ids, _ = unpack_rows(rows)
         return f"{_shorten(names)} in sequences {_shorten([str(i) for i in ids])}"
 
@@ -314,9 +264,3 @@ def _shorten(names: list[str], separator: str = ", ", most: int = 4) -> str:
     more = f"{separator}and {len(names) - most} more" if len(names) > most else ""
     return separator.join(names[:most]) + more
 
-
-def all_finite(vector: NDArray[np.float32]) -> bool:
-    """Whether no element of ``vector`` is NaN or infinite."""
-    # One cheap pass: a sum is finite unless an element is not, or the sum overflows; only then look closely.
-    with np.errstate(over="ignore", invalid="ignore"):
-        return bool(np.isfinite(vector.sum())) or bool(np.isfinite(vector).all())

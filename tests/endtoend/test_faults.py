@@ -6,7 +6,7 @@ import pytest
 from launch import run
 
 from hiermpi.errors import UsageError
-from hiermpi.training.faults import parse_faults
+from hiermpi.training.phases import parse_faults
 from runs import TINY, make_dataset
 
 

@@ -5,7 +5,7 @@ import pytest
 
 from hiermpi.hierarchy import lattice as lattice_module
 from hiermpi.hierarchy.lattice import Lattice
-from hiermpi.model.symmetry import SymmetryTable
+from hiermpi.model.parameters import SymmetryTable
 
 TABLES = [
     (np.arange(24) % 12, 12),  # full shells, every partner

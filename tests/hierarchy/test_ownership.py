@@ -16,7 +16,7 @@ from hiermpi.hierarchy.ownership import (
 )
 from hiermpi.hierarchy.topology import Topology
 from hiermpi.model.parameters import ParameterLayout, TensorSpec
-from hiermpi.model.symmetry import SymmetryTable
+from hiermpi.model.parameters import SymmetryTable
 from hiermpi.optimizer.norm import norm_blocks
 
 SIZES = [1, 2, 3, 7, 12, 13, 14, 26, 64, 200]

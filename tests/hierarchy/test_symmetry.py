@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from hiermpi.model.symmetry import SymmetryTable, symmetry_groups
+from hiermpi.model.parameters import SymmetryTable, symmetry_groups
 
 CASES = [(1, 1), (5, 1), (12, 12), (50, 12), (7, 12), (257, 5)]  # vocabulary, order
 

@@ -4,14 +4,13 @@ import numpy as np
 import pytest
 
 from hiermpi.errors import UsageError
-from hiermpi.kernels import LEVELS, find_library, load_kernels
+from hiermpi.kernels import available_levels, load_kernels
 from hiermpi.kernels.dropout import sequence_keys, threshold_of
 from hiermpi.kernels.layers import NO_KEYS, ReferenceKernels, padded
 from hiermpi.optimizer.adamw import adamw_update
 from hiermpi.optimizer.norm import block_sums
 
-library = find_library()
-AVAILABLE = LEVELS[: library.supported_level() + 1] if library else ()
+AVAILABLE = available_levels()
 JUDGE = ReferenceKernels()
 ROWS = [(1, 1), (3, 7), (5, 16), (2, 31), (6, 33), (4, 100)]
 ATTENTION = [(1, 1, 1, 1), (2, 5, 3, 7), (1, 17, 2, 16), (2, 33, 1, 20), (1, 64, 2, 32)]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from hiermpi.config.schema import Config, HierarchyConfig, ModelConfig, TrainConfig
-from hiermpi.kernels import LEVELS, find_library, load_kernels
+from hiermpi.kernels import available_levels, load_kernels
 from hiermpi.kernels.layers import ReferenceKernels
 from hiermpi.optimizer.sums import (
     UNIT,
@@ -18,8 +18,7 @@ from hiermpi.optimizer.sums import (
     unit_sequences,
 )
 
-library = find_library()
-FORMS = ["numpy", *(LEVELS[: library.supported_level() + 1] if library else ())]
+FORMS = ["numpy", *available_levels()]
 
 
 @pytest.fixture(params=FORMS)

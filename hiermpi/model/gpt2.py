@@ -1,13 +1,13 @@
 """GPT-2's architecture: pre-norm blocks, learned positions, GELU(tanh), tied or untied output (Radford et al. 2019).
 
 Forward and backward are written out. Batch and time are folded into one product per layer; everything between the
-products is a kernel of :mod:`hiermpi.kernels`; it works in buffers of :mod:`hiermpi.model.workspace`. The model
-works on row ids, which are class-major (:mod:`hiermpi.model.symmetry`); checkpoints and logits are in token order.
+products is a kernel of :mod:`hiermpi.kernels`; it works in buffers of :mod:`hiermpi.model.workspace`. The forward pass
+is written once: training and decoding differ in the attention alone.
 
 Sizes in comments: B sequences, T tokens of each, N = B T rows, C channels, H heads of D channels, V rows of the table.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -16,17 +16,21 @@ from hiermpi.config.schema import ModelConfig
 from hiermpi.kernels import Kernels, load_kernels
 from hiermpi.kernels.dropout import sequence_keys, threshold_of
 from hiermpi.kernels.layers import NO_KEYS, ReferenceKernels
-from hiermpi.model.contract import Batch
-from hiermpi.model.parameters import ParameterBuffer, TensorSpec
-from hiermpi.model.symmetry import SymmetryTable, symmetry_groups
-from hiermpi.model.workspace import Workspace, micro_batch_sequences
+from hiermpi.kernels.memory import lazy_zeros
+from hiermpi.model.contract import Batch, micro_batch_sequences
+from hiermpi.model.parameters import ParameterBuffer, SymmetryTable, TensorSpec, symmetry_groups
+from hiermpi.model.workspace import Workspace, activation_bytes
 
 EMBEDDING_SITE = 0
 
 
-def transformer_specs(config: ModelConfig) -> list[TensorSpec]:
-    """The tensors of the model, in their order within the vector: the decayed matrices, then the rest."""
+def gpt2_specs(config: ModelConfig) -> list[TensorSpec]:
+    """Return the tensors in their order within the vector: the decayed matrices, then the rest. Raises ValueError."""
     width = config.n_embd
+    if width % config.n_head:
+        below = width - width % config.n_head
+        choices = f"{below} or {below + config.n_head}" if below else f"{config.n_head}"
+        raise ValueError(f"model.n_embd = {width} is not a multiple of model.n_head = {config.n_head}: use {choices}")
     table = (config.vocab_size, width)
     matrices = [
         TensorSpec("wte.weight", table, decay=True, symmetry_rows=True),
@@ -55,44 +59,34 @@ def _linear_layers(width: int) -> list[tuple[str, int, int]]:
 
 
 def flops_per_token(config: ModelConfig) -> float:
-    """Floating-point operations of forward and backward per token: 6 N + 12 L C T (Chowdhery et al. 2022)."""
-    matrices = sum(spec.size for spec in transformer_specs(config) if spec.decay and spec.name != "wpe.weight")
+    """Return the operations of forward and backward per token: 6 N + 12 L C T (Chowdhery et al. 2022)."""
+    matrices = sum(spec.size for spec in gpt2_specs(config) if spec.decay and spec.name != "wpe.weight")
     if not config.tie_embeddings:
         matrices -= config.vocab_size * config.n_embd
     return 6.0 * matrices + 12.0 * config.n_layer * config.n_embd * config.context_length
 
 
-class Transformer:
-    """A GPT-2 that satisfies :class:`hiermpi.model.contract.Model`.
+class GPT2:
+    """A GPT-2 that satisfies :class:`hiermpi.model.contract.Model` and all of its optional parts.
 
     Args:
-        config: with the vocabulary size resolved.
-        symmetry_group: (<= V,) symmetry class of each token id; others go by id modulo the order.
-        dtype: float32, or float64 for gradient checks (then the kernels are the numpy reference).
-        storage: memory for the parameters' slots, see :class:`ParameterBuffer`.
-        micro_batch_size: most sequences computed at once; 0 chooses.
-        kernels: by default the environment's.
+        config: The settings, the vocabulary size resolved.
+        parameters: The buffer of the parameters; of float64 for gradient checks, with the kernels in numpy.
+        sequences: The most sequences that are computed at once.
+        kernels: By default the environment's.
     """
 
     def __init__(
-        self,
-        config: ModelConfig,
-        symmetry_group: NDArray[np.uint8] | None = None,
-        dtype: DTypeLike = np.float32,
-        storage: Sequence[NDArray] = (),
-        micro_batch_size: int = 0,
-        kernels: Kernels | None = None,
+        self, config: ModelConfig, parameters: ParameterBuffer, sequences: int, kernels: Kernels | None = None
     ) -> None:
         self.config = config
         self.symmetry_order = config.symmetry_order
-        groups = symmetry_groups(symmetry_group, config.vocab_size, config.symmetry_order)
-        self.symmetry = SymmetryTable(groups, config.symmetry_order)
-        self.parameters = ParameterBuffer(transformer_specs(config), dtype, storage)
+        self.parameters = parameters
         products = self.parameters.runs(self._is_product)
         self._sums = [(start, stop) for start, stop, is_product in products if not is_product]
         """Ranges of the vector with the gradients that are only added to."""
         self._viewed: tuple[NDArray | None, dict[str, NDArray]] = (None, {})
-        self.micro_batch = micro_batch_sequences(config, micro_batch_size)
+        self.micro_batch = sequences
         self.kernels = (kernels or load_kernels()) if self.parameters.dtype == np.float32 else ReferenceKernels()
         self.threshold = threshold_of(config.dropout)
         slots = self.parameters.tensors_of
@@ -103,7 +97,7 @@ class Transformer:
     # What the trainer calls.
 
     def loss(self, batch: Batch) -> tuple[float, int]:
-        """The sum of the losses over the batch's targets, in nats, and their number. Without dropout."""
+        """Return the sum of the losses over the batch's targets, in nats, and their number. Without dropout."""
         total = 0.0
         for part in self._micro_batches(batch):
             self._forward(part, threshold=0)
@@ -115,7 +109,7 @@ class Transformer:
         return self._passes(batch, self._views(gradients), fresh=False)
 
     def write_gradients(self, batch: Batch, gradients: NDArray) -> tuple[float, int]:
-        """The same in place of what ``gradients`` hold: first products are written, the rest is zeroed before."""
+        """Write instead of adding: first products are written, the rest is zeroed before."""
         for start, stop in self._sums:
             gradients[start:stop] = 0
         return self._passes(batch, self._views(gradients), fresh=True)
@@ -141,25 +135,28 @@ class Transformer:
             fresh = False
         return total, int((batch.targets >= 0).sum())
 
-    def logits(self, inputs: NDArray[np.int32]) -> NDArray:
-        """(B, T, V) logits in token order of inputs (B, T) given as rows of the table."""
+    def logits(self, batch: Batch) -> NDArray:
+        """Return the (B, T, V) logits over rows of the table."""
         parts = []
-        for first in range(0, len(inputs), self.micro_batch):
-            part = np.ascontiguousarray(inputs[first : first + self.micro_batch], np.int32)
-            self._forward(Batch(part, part, np.zeros(len(part), np.int64), 0, 0), threshold=0)
+        for part in self._micro_batches(batch):
+            self._forward(part, threshold=0)
             rows = self._workspace.buffers["norm1"][self.config.n_layer]
-            out = rows[: part.size] @ self._head_weight(self.parameters.tensors).T
-            parts.append(out[:, self.symmetry.row_of_token].reshape(*part.shape, -1))
+            out = rows[: part.inputs.size] @ self.output_weight().T
+            parts.append(out.reshape(*part.inputs.shape, -1))
         return np.concatenate(parts)
 
     def output_weight(self) -> NDArray:
-        """(V, C) weight of the output layer, in the order of the rows."""
-        return self._head_weight(self.parameters.tensors)
+        """Return the (V, C) weight of the output layer, in the order of the rows."""
+        return self.parameters[self._head_name]
+
+    def decoder(self) -> "GPT2Decoder":
+        """Return a decoder of an empty sequence."""
+        return GPT2Decoder(self)
 
     # Where it works.
 
     def workspace_elements(self) -> int:
-        """Elements of memory that a workspace for micro-batches needs."""
+        """Return the elements of memory that a workspace for micro-batches needs."""
         return Workspace.elements(self.config, self.micro_batch)
 
     def share_workspaces(self, memories: Sequence[NDArray]) -> None:
@@ -168,44 +165,9 @@ class Transformer:
         self._workspaces = [Workspace(self.config, dtype, memory, size) for memory in memories]
         self._workspace = self._workspaces[0]
 
-    def work_in(self, place: int) -> None:
+    def work_in(self, slot: int) -> None:
         """Use the shared workspace of this number from now on."""
-        self._workspace = self._workspaces[place]
-
-    # Parameters from and to the outside.
-
-    def initialize(self, seed: int) -> None:
-        """GPT-2's initialisation, the same for every symmetry table: drawn tensor by tensor in token order."""
-        scale = 0.02
-        for index, spec in enumerate(self.parameters.specs):
-            tensor = self.parameters[spec.name]
-            if spec.name.endswith("bias"):
-                tensor[...] = 0.0
-            elif len(spec.shape) == 1:
-                tensor[...] = 1.0
-            else:
-                drawn = np.random.default_rng([seed, index]).standard_normal(spec.shape, np.float32)
-                residual = spec.name.endswith("c_proj.weight")
-                drawn *= scale / np.sqrt(2 * self.config.n_layer) if residual else scale
-                tensor[...] = drawn[self.symmetry.token_of_row] if spec.symmetry_rows else drawn
-
-    def tensors_in_token_order(self, vector: NDArray) -> dict[str, NDArray]:
-        """Copies of the tensors in a vector of the parameters' layout, table rows in token order."""
-        views = self.parameters.views(vector)
-        rows = self.symmetry.row_of_token
-        return {
-            spec.name: views[spec.name][rows] if spec.symmetry_rows else views[spec.name].copy()
-            for spec in self.parameters.specs
-        }
-
-    def load_token_order(self, tensors: Mapping[str, NDArray], vector: NDArray) -> None:
-        """Fill a vector of the parameters' layout from tensors in token order. Raises KeyError, ValueError."""
-        views = self.parameters.views(vector)
-        for spec in self.parameters.specs:
-            source = tensors[spec.name]
-            if source.shape != spec.shape:
-                raise ValueError(f"{spec.name} has shape {source.shape}, expected {spec.shape}")
-            views[spec.name][...] = source[self.symmetry.token_of_row] if spec.symmetry_rows else source
+        self._workspace = self._workspaces[slot]
 
     # The passes.
 
@@ -223,32 +185,50 @@ class Transformer:
         ]
 
     def _forward(self, batch: Batch, threshold: int) -> "Keys":
-        """Everything up to the last norm, kept in the buffers."""
-        sequences, length = batch.inputs.shape
-        buffers = self._workspace.reserve(sequences, length)
-        self.kernels.scratch = buffers["scratch"]
-        kernels, tensors = self.kernels, self.parameters.tensors
-        layers, shape, blocks = self.config.n_layer, self._shape(batch), self._blocks[self.parameters.slot]
+        """Compute everything up to the last norm, and keep it in the buffers."""
+        buffers = self._workspace.reserve(*batch.inputs.shape)
+        kernels, keys, shape = self.kernels, Keys(batch, threshold), self._shape(batch)
+        blocks = self._blocks[self.parameters.slot]
+
+        def attend(i: int) -> None:
+            arrays = (buffers["heads"][i], buffers["p"][i], buffers["qkv"][i], blocks[i]["attn.c_attn.bias"])
+            kernels.attention_forward(*arrays, shape, keys.at(1 + 3 * i), threshold)
+
+        self.layers_forward(kernels, buffers, batch.inputs, 0, keys, attend)
+        return keys
+
+    def layers_forward(
+        self,
+        kernels: Kernels,
+        buffers: Mapping[str, NDArray],
+        inputs: NDArray[np.int32],
+        start: int,
+        keys: "Keys",
+        attend: Callable[[int], None],
+    ) -> None:
+        """Compute everything up to the last norm.
+
+        Args:
+            kernels: What computes it.
+            buffers: Where it is kept, reserved for ``inputs``.
+            inputs: (B, T) rows of the token table.
+            start: The position of the first of the T.
+            keys: The dropout of the batch.
+            attend: Called with a layer's number when its ``qkv`` is there; it fills its ``heads``.
+        """
+        kernels.scratch = buffers["scratch"]
+        tensors, layers, blocks = self.parameters.tensors, self.config.n_layer, self._blocks[self.parameters.slot]
         x, middle, norm1, norm2 = buffers["x"], buffers["middle"], buffers["norm1"], buffers["norm2"]
         mean, rstd, branch = buffers["mean"], buffers["rstd"], buffers["branch"]
-        keys = Keys(batch, threshold)
-        kernels.embed_forward(x[0], batch.inputs, tensors["wte.weight"], tensors["wpe.weight"])
+        kernels.embed_forward(x[0], inputs, tensors["wte.weight"], tensors["wpe.weight"][start:])
         keys.drop(kernels, x[0], EMBEDDING_SITE)
         first = _norm(tensors, "h.0.ln_1")
         kernels.norm_forward(norm1[0], mean[0], rstd[0], x[0], *first)
         for i in range(layers):
             p = blocks[i]
             kernels.product(buffers["qkv"][i], norm1[i], p["attn.c_attn.weight"])
+            attend(i)
             site = 1 + 3 * i
-            kernels.attention_forward(
-                buffers["heads"][i],
-                buffers["p"][i],
-                buffers["qkv"][i],
-                p["attn.c_attn.bias"],
-                shape,
-                keys.at(site),
-                threshold,
-            )
             kernels.product(branch, buffers["heads"][i], p["attn.c_proj.weight"])
             after = (norm2[i], mean[2 * i + 1], rstd[2 * i + 1])
             bias = keys.drop_branch(kernels, branch, p["attn.c_proj.bias"], site + 1)
@@ -260,12 +240,11 @@ class Transformer:
             bias = keys.drop_branch(kernels, branch, p["mlp.c_proj.bias"], site + 2)
             following = _norm(tensors, f"h.{i + 1}.ln_1" if i + 1 < layers else "ln_f")
             kernels.residual_norm_forward(x[i + 1], *after, middle[i], branch, bias, *following)
-        return keys
 
     def _head(self, batch: Batch, gradients: "Gradients | None") -> float:
         """The loss sum; with ``gradients`` also the gradient of the last norm's output, into the buffer branch."""
         buffers, kernels = self._workspace.buffers, self.kernels
-        weight = self._head_weight(self.parameters.tensors)
+        weight = self.output_weight()
         normed, targets = buffers["norm1"][self.config.n_layer], batch.targets.reshape(-1)
         loss, step = 0.0, len(buffers["logits"])
         for first in range(0, len(targets), step):
@@ -331,9 +310,6 @@ class Transformer:
     def _head_name(self) -> str:
         return "wte.weight" if self.config.tie_embeddings else "lm_head.weight"
 
-    def _head_weight(self, tensors: Mapping[str, NDArray]) -> NDArray:
-        return tensors[self._head_name]
-
     def _shape(self, batch: Batch) -> tuple[int, int, int, int]:
         heads = self.config.n_head
         return (*batch.inputs.shape, heads, self.config.n_embd // heads)
@@ -398,3 +374,114 @@ def _block(tensors: Mapping[str, NDArray], layer: int) -> dict[str, NDArray]:
     prefix = f"h.{layer}."
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
+
+class GPT2Decoder:
+    """Extends one sequence with cached keys and values, at the cost of the new tokens.
+
+    Positions are absolute, so past the context the cache does not fit the slid window any more and is rebuilt: the
+    logits are those of a forward pass over the last ``context_length`` tokens, always.
+
+    Args:
+        model: The model with its parameters.
+    """
+
+    def __init__(self, model: GPT2) -> None:
+        config, dtype = model.config, model.parameters.dtype
+        self.model = model
+        self.window: list[int] = []
+        """The rows that the next one is predicted from."""
+        shape = (config.n_layer, 2, config.n_head, config.context_length, config.n_embd // config.n_head)
+        self._cache = np.zeros(shape, dtype)
+        self._kernels = ReferenceKernels()  # the BLAS reads weights once for a row, packed panels twice
+        # Pages that one sequence does not touch, such as those of the training pass's attention, are never taken.
+        self._workspace = Workspace(config, dtype, lazy_zeros(Workspace.elements(config, 1), dtype), 1)
+
+    def extend(self, rows: Sequence[int]) -> NDArray[np.floating]:
+        """Append rows of the table; return the (V,) logits, over rows, of the one that follows."""
+        context = self.model.config.context_length
+        start = len(self.window)
+        self.window = [*self.window, *map(int, rows)]
+        if len(self.window) > context:
+            self.window = self.window[-context:]
+            start = 0
+        inputs = np.array([self.window[start:]], np.int32)
+        buffers = self._workspace.reserve(*inputs.shape)
+        keys = Keys(Batch(inputs, inputs, np.zeros(1, np.int64), 0, 0), 0)
+        self.model.layers_forward(
+            self._kernels, buffers, inputs, start, keys, lambda layer: self._attend(buffers, layer, start)
+        )
+        return self.model.output_weight() @ buffers["norm1"][self.model.config.n_layer][-1]
+
+    def _attend(self, buffers: Mapping[str, NDArray], layer: int, start: int) -> None:
+        """Attend from the new positions, ``start`` and on, to all up to them."""
+        heads, width = self._cache.shape[2], self._cache.shape[4]
+        out = buffers["heads"][layer]
+        stop = start + len(out)
+        qkv = buffers["qkv"][layer] + self.model.parameters[f"h.{layer}.attn.c_attn.bias"]
+        q, k, v = qkv.reshape(len(out), 3, heads, width).transpose(1, 2, 0, 3)  # (H, new, D) each
+        self._cache[layer, 0, :, start:stop], self._cache[layer, 1, :, start:stop] = k, v
+        keys, values = self._cache[layer, :, :, :stop]
+        scores = np.matmul(q, keys.swapaxes(1, 2)) / np.sqrt(width).astype(out.dtype)
+        future = np.arange(stop) > np.arange(start, stop)[:, None]
+        scores[:, future] = -np.inf
+        scores = np.exp(scores - scores.max(axis=2, keepdims=True))
+        scores /= scores.sum(axis=2, keepdims=True)
+        out[...] = np.matmul(scores, values).swapaxes(0, 1).reshape(len(out), -1)
+
+
+class GPT2Family:
+    """The family of GPT-2."""
+
+    def specs(self, config: ModelConfig) -> list[TensorSpec]:
+        return gpt2_specs(config)
+
+    def make(self, config: ModelConfig, parameters: ParameterBuffer, sequences: int) -> GPT2:
+        return GPT2(config, parameters, sequences)
+
+    def initialize(self, model: GPT2, seed: int) -> None:
+        """Draw GPT-2's initialisation tensor by tensor in token order: the same for every symmetry table."""
+        scale, parameters = 0.02, model.parameters
+        for index, spec in enumerate(parameters.specs):
+            tensor = parameters[spec.name]
+            if spec.name.endswith("bias"):
+                tensor[...] = 0.0
+            elif len(spec.shape) == 1:
+                tensor[...] = 1.0
+            else:
+                drawn = np.random.default_rng([seed, index]).standard_normal(spec.shape, np.float32)
+                residual = spec.name.endswith("c_proj.weight")
+                drawn *= scale / np.sqrt(2 * model.config.n_layer) if residual else scale
+                tensor[...] = drawn[parameters.symmetry.token_of_row] if spec.symmetry_rows else drawn
+
+    def flops_per_token(self, config: ModelConfig) -> float:
+        return flops_per_token(config)
+
+    def workspace_bytes(self, config: ModelConfig, sequences: int) -> int:
+        return activation_bytes(config, sequences)
+
+
+FAMILY = GPT2Family()
+
+
+def make_gpt2(
+    config: ModelConfig,
+    symmetry_group: NDArray[np.uint8] | None = None,
+    dtype: DTypeLike = np.float32,
+    storage: Sequence[NDArray] = (),
+    micro_batch_size: int = 0,
+    kernels: Kernels | None = None,
+) -> GPT2:
+    """Make a GPT-2 outside of a run, its parameters not initialised.
+
+    Args:
+        config: The settings, the vocabulary size resolved.
+        symmetry_group: (<= V,) symmetry class of each token id; others go by id modulo the order.
+        dtype: float32, or float64 for gradient checks.
+        storage: Memory for the slots of the parameters.
+        micro_batch_size: The most sequences that are computed at once; 0 chooses.
+        kernels: By default the environment's.
+    """
+    groups = symmetry_groups(symmetry_group, config.vocab_size, config.symmetry_order)
+    table = SymmetryTable(groups, config.symmetry_order)
+    parameters = ParameterBuffer(gpt2_specs(config), dtype, storage, table)
+    return GPT2(config, parameters, micro_batch_sequences(config, micro_batch_size), kernels)

@@ -1,14 +1,20 @@
-"""Which sequences a step sees: a pure function of (seed, cursor), so that any rank count and any resume agree.
+"""Sequences of a corpus: which of them a step sees, and the records in which they travel.
 
-The cursor counts the sequences drawn since the first step. Each epoch is one permutation of the split's windows,
-a function of (seed, epoch) only; batches cross epoch ends. The windows of an epoch start at a random offset below
-the context length, so that over the epochs no token is always the first of its context.
+Which sequences a step sees is a pure function of (seed, cursor), so that any rank count and any resume agree. The cursor
+counts the sequences drawn since the first step. Each epoch is one permutation of the split's windows, a function of
+(seed, epoch) only; batches cross epoch ends. The windows of an epoch start at a random offset below the context length,
+so that over the epochs no token is always the first of its context.
+
+A sequence travels as one int32 record: its id (two columns hold an int64), then the rows of its T + 1 tokens in the
+model's table; -1 is padding.
 """
 
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+
+from hiermpi.kernels.loops import ID_COLUMNS, read_records
 
 
 class Draw(NamedTuple):
@@ -94,3 +100,60 @@ def evaluation_windows(n_tokens: int, context_length: int, limit: int = 0) -> Wi
         keep = np.arange(limit) * full // limit
         return Windows(starts[keep], lengths[keep])
     return Windows(starts, lengths)
+
+
+def pack_records(sequence_ids: NDArray[np.int64], tokens: NDArray[np.int32]) -> NDArray[np.int32]:
+    """Make the (B, 2 + T) records of a batch from its (B,) sequence ids and (B, T) rows of tokens."""
+    records = np.empty((len(tokens), ID_COLUMNS + tokens.shape[1]), np.int32)
+    records[:, :ID_COLUMNS] = np.ascontiguousarray(sequence_ids, np.int64).view(np.int32).reshape(-1, ID_COLUMNS)
+    records[:, ID_COLUMNS:] = tokens
+    return records
+
+
+def unpack_records(records: NDArray[np.int32]) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
+    """Return the (B,) sequence ids and (B, T) rows of tokens of a batch's records."""
+    ids = np.ascontiguousarray(records[:, :ID_COLUMNS]).view(np.int64)[:, 0]
+    return ids, records[:, ID_COLUMNS:]
+
+
+class RecordReader:
+    """Reads batches of a split that lies in memory: tokens to records and counts in one pass.
+
+    Args:
+        tokens: (n,) token ids of the split, uint16 or uint32.
+        length: Tokens of a sequence, T + 1.
+        row_of_token: (V,) row of the model's table for each token id.
+        group_of_token: (V,) group of each token id.
+        n_bins: Bins of the counts, more than any group.
+    """
+
+    def __init__(
+        self,
+        tokens: NDArray[np.unsignedinteger],
+        length: int,
+        row_of_token: NDArray[np.int32],
+        group_of_token: NDArray[np.uint8],
+        n_bins: int,
+    ) -> None:
+        self.tokens = np.ascontiguousarray(tokens)
+        self.length = length
+        self.row_of_token = row_of_token
+        self.group_of_token = group_of_token
+        self.n_bins = n_bins
+        self._made = [np.empty((0, 0), np.int32)] * 2
+
+    def read(self, drawn: Draw) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+        """Return the (B, 2 + T + 1) records of a batch, and the (B, bins) counts of all tokens but the last of each.
+
+        The records are written again by the call after the next.
+        """
+        records = self._room(len(drawn.starts))
+        tables = (self.row_of_token, self.group_of_token, self.n_bins)
+        return records, read_records(records, self.tokens, drawn.sequence_ids, drawn.starts, *tables)
+
+    def _room(self, n: int) -> NDArray[np.int32]:
+        """Return memory for records: new pages for each batch would cost more than what is written to them."""
+        self._made.reverse()
+        if len(self._made[0]) < n:
+            self._made[0] = np.empty((n, ID_COLUMNS + self.length), np.int32)
+        return self._made[0][:n]

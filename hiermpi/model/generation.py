@@ -1,0 +1,121 @@
+"""Text from a model: token by token, whatever its family.
+
+A model that decodes is extended at the cost of the new tokens; one that only gives logits computes its window again for
+every token. Token ids come in and go out; rows of the model's table are used inside alone.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hiermpi.errors import UserError
+from hiermpi.model.contract import Batch, Decoder, DecodingModel, LogitsModel
+
+
+class WindowDecoder:
+    """Decodes with a model that gives logits alone: the whole window again for every token.
+
+    Args:
+        model: The model with its parameters.
+        context_length: The most tokens that it is given.
+    """
+
+    def __init__(self, model: LogitsModel, context_length: int) -> None:
+        self.model = model
+        self.context_length = context_length
+        self.window: list[int] = []
+
+    def extend(self, rows: Sequence[int]) -> NDArray[np.floating]:
+        """Append rows of the table; return the (V,) logits, over rows, of the one that follows."""
+        self.window = [*self.window, *map(int, rows)][-self.context_length :]
+        inputs = np.array([self.window], np.int32)
+        return self.model.logits(Batch(inputs, inputs, np.zeros(1, np.int64), 0, 0))[0, -1]
+
+
+def make_decoder(model: Any, context_length: int) -> Decoder:
+    """Make the best decoder that a model offers. Raises UserError where it offers none."""
+    if isinstance(model, DecodingModel):
+        return model.decoder()
+    if isinstance(model, LogitsModel):
+        return WindowDecoder(model, context_length)
+    raise UserError(
+        "this model gives no logits, so it cannot generate text: the model of its family needs a method logits(batch)"
+    )
+
+
+def token_logits(model: Any, tokens: NDArray[np.integer]) -> NDArray[np.floating]:
+    """Return the (B, T, V) logits, in token order, of a model for (B, T) token ids."""
+    row_of_token = model.parameters.row_of_token
+    inputs = np.ascontiguousarray(row_of_token[tokens], np.int32)
+    return model.logits(Batch(inputs, inputs, np.zeros(len(inputs), np.int64), 0, 0))[:, :, row_of_token]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen."""
+
+    temperature: float = 1.0
+    """0 takes the likeliest token."""
+    top_k: int = 0
+    """Only among the k likeliest; 0 among all."""
+    top_p: float = 1.0
+    """Only among the likeliest that together have this probability (Holtzman et al., arXiv 1904.09751)."""
+
+
+def sample(logits: NDArray[np.floating], generator: np.random.Generator, how: Sampling) -> int:
+    """A token id drawn from softmax(logits / temperature), cut to the likeliest.
+
+    Args:
+        logits: (V,).
+        generator: source of randomness.
+        how: temperature and cuts.
+    """
+    if how.temperature == 0.0:
+        return int(logits.argmax())
+    order = np.argsort(-logits, kind="stable")  # likeliest first
+    if how.top_k:
+        order = order[: how.top_k]
+    scaled = logits[order].astype(np.float64) / how.temperature
+    weights = np.exp(scaled - scaled[0])
+    weights /= weights.sum()
+    if how.top_p < 1.0:
+        enough = int(np.searchsorted(np.cumsum(weights), how.top_p)) + 1
+        order, weights = order[:enough], weights[:enough] / weights[:enough].sum()
+    return int(order[generator.choice(len(weights), p=weights)])
+
+
+def generate(
+    model: Any,
+    prompt: Sequence[int],
+    count: int,
+    seed: int,
+    how: Sampling,
+    context_length: int,
+    vocab_size: int = 0,
+) -> Iterator[int]:
+    """Yield ``count`` token ids that continue ``prompt``.
+
+    Args:
+        model: The model with its parameters.
+        prompt: Token ids, at least one.
+        count: How many to yield.
+        seed: The seed of the choices.
+        how: How they are made.
+        context_length: The most tokens that the model is given.
+        vocab_size: Only ids below it are chosen, where the model's table has spare rows; 0 chooses among all.
+
+    Raises:
+        UserError: The model gives no logits.
+    """
+    decoder, generator = make_decoder(model, context_length), np.random.default_rng(seed)
+    row_of_token = model.parameters.row_of_token
+    chosen = row_of_token[: vocab_size or len(row_of_token)]
+    logits = decoder.extend(row_of_token[np.asarray(prompt)])
+    for index in range(count):
+        token = sample(logits[chosen], generator, how)
+        yield token
+        if index + 1 < count:
+            logits = decoder.extend([row_of_token[token]])

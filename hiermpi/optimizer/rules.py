@@ -1,0 +1,175 @@
+"""What hiermpi asks of an optimizer rule, and the schedules of the learning rate.
+
+A rule is pure arithmetic on vectors: it knows no rank, no file and no clock. It says which state it keeps; hiermpi puts
+that state where the parameters' owners are, saves it by its names, and hands the rule one piece after another. The
+division by the tokens and the clipping are one factor, ``hyper.scale``. A whole rule, Lion (Chen et al. 2023)::
+
+    import numpy as np
+
+
+    class Lion:
+        state = ("momentum",)
+
+        def update(self, new, old, gradients, hyper):
+            g = gradients * np.float32(hyper.scale)
+            m = old.state["momentum"]
+            direction = np.sign(hyper.beta1 * m + (1 - hyper.beta1) * g)
+            new.state["momentum"][:] = hyper.beta2 * m + (1 - hyper.beta2) * g
+            decay = hyper.weight_decay * old.parameters
+            new.parameters[:] = old.parameters - hyper.learning_rate * (direction + decay)
+
+
+    RULE = Lion()
+
+It is chosen with ``--optimizer.rule my_module:RULE``.
+"""
+
+from collections.abc import Mapping
+from math import cos, pi
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hiermpi.errors import PluginError
+from hiermpi.model.parameters import TensorSpec
+from hiermpi.registry import RULES, SCHEDULES
+
+Vector = NDArray[np.float32]
+
+
+class Values(NamedTuple):
+    """A piece of the parameters and of the rule's state, all of one length."""
+
+    parameters: Vector
+    state: Mapping[str, Vector]
+
+
+class Hyper(NamedTuple):
+    """The numbers of one update."""
+
+    count: int
+    """Updates applied, this one included: Adam's t."""
+    learning_rate: float
+    scale: float
+    """The factor that makes the clipped mean gradient of the given gradient SUM."""
+    weight_decay: float
+    """``optimizer.weight_decay`` where the piece decays, else 0."""
+    beta1: float
+    beta2: float
+    options: Mapping[str, Any]
+    """``optimizer.options``: settings of a rule of one's own."""
+    shape: tuple[int, ...] | None
+    """The shape of the tensor, where the rule asked for whole tensors."""
+
+
+class Rule(Protocol):
+    """A way to update parameters.
+
+    Two methods are optional. ``needs_whole(spec) -> bool`` names the tensors (:class:`hiermpi.TensorSpec`) that one owner
+    must hold whole; such a tensor is a piece of its own, with ``hyper.shape``. ``rule_of(spec) -> Rule`` leaves a tensor to
+    another rule; the state named here then has the names of both.
+    """
+
+    state: tuple[str, ...]
+    """The names of the rule's vectors: ``("m", "v")``, ``("momentum",)`` or ``()``. They begin as zeros."""
+
+    def update(self, new: Values, old: Values, gradients: Vector, hyper: Hyper) -> None:
+        """Write one piece of the parameters and of the state.
+
+        Args:
+            new: What is written, every element of it; it may be the same memory as ``old``.
+            old: What is read.
+            gradients: The sum of the gradients over all tokens of the step; it must stay as it is.
+            hyper: The numbers of this update.
+        """
+
+
+def load_rule(choice: Any) -> Rule:
+    """Load a rule and check that it has what the contract asks for.
+
+    Args:
+        choice: A registered name, ``package.module:object``, or the rule itself.
+
+    Raises:
+        UsageError: There is no such rule.
+        PluginError: It does not keep the contract.
+    """
+    rule = RULES.load(choice) if isinstance(choice, str) else choice
+    if not callable(getattr(rule, "update", None)):
+        raise PluginError(f"optimizer.rule = {choice}: it has no method update")
+    state = getattr(rule, "state", None)
+    good = isinstance(state, tuple) and all(isinstance(name, str) and name.isidentifier() for name in state)
+    if not good or len(set(state)) < len(state):
+        raise PluginError(
+            f"optimizer.rule = {choice}: its `state` must be a tuple of distinct names, such as ('momentum',), not {state!r}"
+        )
+    return rule
+
+
+def needs_whole(rule: Rule, spec: TensorSpec) -> bool:
+    """Tell whether ``rule`` must have this tensor whole at one owner."""
+    asked = getattr(rule, "needs_whole", None)
+    return bool(asked(spec)) if asked else False
+
+
+def rule_of(rule: Rule, spec: TensorSpec) -> Rule:
+    """Return the rule that updates this tensor: ``rule`` itself, or the one it leaves it to."""
+    asked = getattr(rule, "rule_of", None)
+    return asked(spec) if asked else rule
+
+
+class Schedule(Protocol):
+    """The learning rate as a function of the step alone, so that a resume needs no state of it."""
+
+    def __call__(
+        self, step: int, *, learning_rate: float, min_learning_rate: float, warmup_steps: int, decay_steps: int
+    ) -> float:
+        """Return the rate of the step that follows ``step`` finished ones.
+
+        Args:
+            step: The steps finished before; step 0 already has a rate above zero.
+            learning_rate: The peak.
+            min_learning_rate: The rate after the decay.
+            warmup_steps: The steps of linear warm-up.
+            decay_steps: The step at which the decay ends, warm-up included.
+        """
+
+
+def load_schedule(choice: Any) -> Schedule:
+    """Load a schedule by its name, ``package.module:object`` or the function itself. Raises UsageError, PluginError."""
+    schedule = SCHEDULES.load(choice) if isinstance(choice, str) else choice
+    if not callable(schedule):
+        raise PluginError(f"optimizer.schedule = {choice}: it is not a function of the step")
+    return schedule
+
+
+def cosine(
+    step: int, *, learning_rate: float, min_learning_rate: float, warmup_steps: int, decay_steps: int
+) -> float:
+    """Warm up linearly, then follow half a cosine to the minimum (Loshchilov, Hutter 2017; nanoGPT's form)."""
+    if step < warmup_steps:
+        return learning_rate * (step + 1) / (warmup_steps + 1)
+    if step >= decay_steps:
+        return min_learning_rate
+    progress = (step - warmup_steps) / (decay_steps - warmup_steps)
+    return min_learning_rate + 0.5 * (1.0 + cos(pi * progress)) * (learning_rate - min_learning_rate)
+
+
+def linear(
+    step: int, *, learning_rate: float, min_learning_rate: float, warmup_steps: int, decay_steps: int
+) -> float:
+    """Warm up linearly, then fall in a line to the minimum."""
+    if step < warmup_steps:
+        return learning_rate * (step + 1) / (warmup_steps + 1)
+    if step >= decay_steps:
+        return min_learning_rate
+    progress = (step - warmup_steps) / (decay_steps - warmup_steps)
+    return learning_rate + progress * (min_learning_rate - learning_rate)
+
+
+def constant(
+    step: int, *, learning_rate: float, min_learning_rate: float, warmup_steps: int, decay_steps: int
+) -> float:
+    """Warm up linearly, then stay."""
+    return learning_rate * (step + 1) / (warmup_steps + 1) if step < warmup_steps else learning_rate

@@ -1,0 +1,253 @@
+"""One function that puts a rank together: for ``train``, ``evaluate``, ``bench`` and the tests.
+
+What a run is made of is named in its configuration. Objects of the user's own, given through the Python API, come in as
+:class:`Choices` and take the place of the names.
+"""
+
+import dataclasses
+import logging
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hiermpi.communication.agreement import agreed, gather_objects
+from hiermpi.communication.communicators import Communicators
+from hiermpi.communication.compute_slots import ComputeSlots, make_compute_slots
+from hiermpi.communication.reduction import Reduction, Vectors, hand_down, make_reduction
+from hiermpi.communication.scatter import Scatter, make_scatter
+from hiermpi.config.schema import Config
+from hiermpi.data.sequences import ID_COLUMNS, Sampler
+from hiermpi.errors import UserError
+from hiermpi.hierarchy.ownership import Ownership
+from hiermpi.hierarchy.routing import Router
+from hiermpi.kernels import load_kernels
+from hiermpi.model.contract import Family, Model, load_family, make_model, micro_batch_sequences, specs_of
+from hiermpi.model.parameters import ParameterBuffer, ParameterLayout, SymmetryTable, symmetry_groups
+from hiermpi.optimizer.rules import Rule, load_rule, load_schedule
+from hiermpi.optimizer.sums import differing, routed_together, summed_type
+from hiermpi.optimizer.update import Optimizer, OptimizerSettings, ownership_of, slots_of
+from hiermpi.registry import is_outside
+from hiermpi.signals import NeverStop, StopRequests
+from hiermpi.training.batches import BatchSource, TokenSource
+from hiermpi.training.phases import Fault, Phases
+from hiermpi.training.state import Progress, RunState, spread_state
+
+logger = logging.getLogger("hiermpi")
+
+
+class Choices(NamedTuple):
+    """Objects of the user's own in place of what the configuration names; None where the name counts."""
+
+    family: Any = None
+    rule: Any = None
+    reduction: Any = None
+    routing: Any = None
+
+
+class Corpus(TokenSource, Protocol):
+    """What a rank needs of a dataset."""
+
+    symmetry_group: NDArray[np.uint8]
+    """(V,) symmetry class of each token id."""
+    counts: NDArray[np.int64]
+    """(V,) corpus frequency of each token id."""
+
+
+@dataclass(frozen=True)
+class Rank:
+    """Everything that a rank holds to train or to evaluate."""
+
+    config: Config
+    comms: Communicators
+    family: Family
+    rule: Rule
+    routing: Any
+    """The routing rule, or its name."""
+    ownership: Ownership
+    reduction: Reduction
+    timed: Mapping[str, float]
+    """The seconds of each reduction, where one was chosen by time."""
+    model: Model
+    outside_model: str
+    """What the user calls the model's family, where it comes from outside the package; else empty."""
+    slots: ComputeSlots
+    optimizer: Optimizer | None
+    """On the root and on owners."""
+    learning_rate: Callable[[int], float]
+    """Of the step that follows so many finished ones."""
+    scatter: Scatter
+    phases: Phases
+    stopping: StopRequests
+    progress: Progress
+    training: bool
+
+    def batch_source(self, data: Corpus) -> BatchSource:
+        """Make the source of the batches from ``data``; at the root."""
+        config = self.config
+        sampler = Sampler(data.length("train"), config.model.context_length, config.train.seed)
+        router = Router(self.comms.topology, self.routing, data.symmetry_group, data.counts, routed_together(config))
+        return BatchSource(data, sampler, router, self.model.parameters.row_of_token, config.train.batch_size)
+
+    def free(self) -> None:
+        """Free what was made, but for the communicators. Collective over the hierarchy."""
+        self.reduction.free()
+
+
+def assemble(
+    config: Config,
+    comms: Communicators,
+    *,
+    data: Corpus | None,
+    state: RunState | None = None,
+    progress: Progress | None = None,
+    choices: Choices | None = None,
+    known: str = "",
+    stopping: StopRequests | None = None,
+    faults: Sequence[Fault] = (),
+    training: bool = True,
+) -> Rank:
+    """Put a rank together. Collective over the hierarchy.
+
+    Args:
+        config: The resolved configuration, the same on every rank.
+        comms: The hierarchy.
+        data: The dataset, at the root; None elsewhere.
+        state: The state to go on from, at the root; None initialises the model.
+        progress: The counts of ``state``, on every rank.
+        choices: Objects of the user's own.
+        known: The reduction that an earlier start chose by time.
+        stopping: This rank's requests to stop.
+        faults: The faults to be made to happen.
+        training: Whether the rank is to train; else it has no optimizer and no memory for one.
+
+    Raises:
+        UserError: On every rank.
+    """
+    choices = choices or Choices()
+    progress = dataclasses.replace(progress) if progress else Progress()
+    use_threads(config.run.threads_per_rank, comms)
+    if config.hierarchy.reproducible:
+        require_one_kind(comms)
+    with agreed(comms.world, comms.waiter):
+        family = load_family(choices.family or config.model.family)
+        rule = load_rule(choices.rule or config.optimizer.rule)
+        schedule = load_schedule(config.optimizer.schedule)
+        specs = specs_of(family, config.model)
+    classes = symmetry_classes(config, comms, data)
+    table = SymmetryTable(classes, config.model.symmetry_order)
+    layout = ParameterLayout(specs)
+    ownership = ownership_of(config, comms.topology, layout, table.class_bounds, rule)
+    vectors = Vectors(summed_type(config), slots_of(config), tuple(rule.state))
+    chosen = make_reduction(choices.reduction or config.hierarchy.reduction, comms, ownership, vectors, known)
+    reduction = chosen.reduction
+    sequences = micro_batch_sequences(config.model, config.train.micro_batch_size)
+    with agreed(comms.world, comms.waiter):
+        parameters = ParameterBuffer(specs, storage=reduction.parameter_slots(), symmetry=table)
+        model = make_model(family, config.model, parameters, sequences)
+    slots = make_compute_slots(comms, model, config.run.threads_per_rank)
+    settings = OptimizerSettings(config.optimizer, config.train.grad_clip, config.train.steps, schedule)
+    number = ownership.number(comms.rank)
+    optimizer = None
+    if training and number is not None:
+        optimizer = Optimizer(
+            parameters,
+            settings,
+            reduction.state_slots(),
+            ownership,
+            number,
+            rule,
+            table.class_bounds,
+            load_kernels(),
+            config.lattice.coupling,
+            outside_name(choices.rule, config.optimizer.rule),
+        )
+    width = ID_COLUMNS + config.model.context_length + 1
+    usual = max(config.train.batch_size, comms.topology.n_leaves)
+    rank = Rank(
+        config,
+        comms,
+        family,
+        rule,
+        choices.routing or config.hierarchy.routing,
+        ownership,
+        reduction,
+        chosen.seconds,
+        model,
+        outside_name(choices.family, config.model.family),
+        slots,
+        optimizer,
+        settings.learning_rate,
+        make_scatter(comms, width, usual, in_memory=reduction.shares_memory),
+        Phases(comms.rank, comms.waiter, faults),
+        stopping or NeverStop(),
+        progress,
+        training,
+    )
+    spread_state(rank, state, config.train.seed)
+    return rank
+
+
+def outside_name(given: Any, named: str) -> str:
+    """Say what the user calls something that comes from outside the package; nothing for what is registered."""
+    if given is not None and not isinstance(given, str):
+        return f"{getattr(given, '__module__', '')}:{getattr(given, '__qualname__', type(given).__qualname__)}"
+    return (given or named) if is_outside(given or named) else ""
+
+
+def symmetry_classes(config: Config, comms: Communicators, data: Corpus | None) -> NDArray[np.uint8]:
+    """Give every rank the (V,) symmetry class of each token id. Collective over the hierarchy."""
+    shape = config.model
+    classes = symmetry_groups(data.symmetry_group if data else None, shape.vocab_size, shape.symmetry_order)
+    hand_down(comms, classes)
+    return classes
+
+
+def use_threads(threads: int, comms: Communicators) -> None:
+    """Give this rank's BLAS its threads; warn where the ranks of the node then have more than its cores."""
+    if threads == 1:
+        return
+    from threadpoolctl import threadpool_limits
+
+    threadpool_limits(threads, user_api="blas")
+    load_kernels().own_products = False  # they know one thread
+    cores = os.cpu_count() or 1
+    if comms.rank == 0 and comms.node.size * threads > cores:
+        logger.warning(
+            "%d ranks of %d threads share the %d cores of this node: start fewer ranks, or lower "
+            "run.threads_per_rank",
+            comms.node.size,
+            threads,
+            cores,
+        )
+
+
+def require_one_kind(comms: Communicators) -> None:
+    """Refuse ranks whose kernels or BLAS differ: they would not compute the same bits. Collective over the world.
+
+    Raises UserError on every rank.
+    """
+    kinds = gather_objects(comms.world, arithmetic(), comms.waiter)
+    with agreed(comms.world, comms.waiter):
+        found = differing(kinds) if kinds else None
+        if kinds and found:
+            one, other = found
+            raise UserError(
+                f"hierarchy.reproducible: rank {one} computes with {kinds[one]}, rank {other} with {kinds[other]}: "
+                "start on nodes of one kind, or set HIERMPI_KERNELS and OPENBLAS_CORETYPE to what all of them have"
+            )
+
+
+def arithmetic() -> str:
+    """Say what this rank's results depend on: its kernels, and its BLAS with the processor that it is tuned for."""
+    from threadpoolctl import threadpool_info
+
+    libraries = {
+        f"{entry['internal_api']} {entry.get('version')} for {entry.get('architecture', 'any processor')}"
+        for entry in threadpool_info()
+        if entry["user_api"] == "blas"
+    }
+    return f"{load_kernels().name} kernels and {' and '.join(sorted(libraries)) or 'an unknown BLAS'}"
