@@ -13,7 +13,7 @@ from hiermpi.benchmarks.measuring import interleaved, row
 from hiermpi.communication.agreement import broadcast_object
 from hiermpi.communication.autotune import make_reduction
 from hiermpi.communication.communicators import Communicators, usable_cores
-from hiermpi.communication.reduction import Reduction, chunked
+from hiermpi.communication.reduction import Reduction, Vectors, chunked
 from hiermpi.communication.shared_reduction import SharedReduction
 from hiermpi.hierarchy.ownership import owned_by_root
 from hiermpi.hierarchy.topology import block_bounds
@@ -60,11 +60,11 @@ def bench_reduce(world: MPI.Comm, largest: int = 10**8, rounds: int = 12) -> dic
 def bench_size(comms: Communicators, n: int, rounds: int) -> list[dict[str, Any]]:
     """Rows at one size. Collective over the hierarchy."""
     ownership = owned_by_root(n)
-    chosen = make_reduction("auto", comms, ownership).reduction
+    chosen = make_reduction("auto", comms, ownership, Vectors())
     name = chosen.name
-    chosen.free()
+    chosen.reduction.free()
     del chosen  # and its memory, before the same is taken again
-    made = {kind: make_reduction(kind, comms, ownership).reduction for kind in ("tree", "shared", "flat")}
+    made = {kind: make_reduction(kind, comms, ownership, Vectors()).reduction for kind in ("tree", "shared", "flat")}
     # One vector for all: what is timed is the way, not the memory.
     gradients, parameters = made["shared"].gradient_vector(), made["shared"].parameter_slots()[0]
     methods = {kind: both_ways(how, gradients, parameters) for kind, how in made.items()}

@@ -22,6 +22,7 @@ from hiermpi.communication.agreement import broadcast_object
 from hiermpi.communication.autotune import make_reduction
 from hiermpi.communication.communicators import Communicators
 from hiermpi.communication.compute_slots import make_turns
+from hiermpi.communication.reduction import Vectors
 from hiermpi.communication.scatter import make_scatter
 from hiermpi.config.schema import Config
 from hiermpi.data.rows import ID_COLUMNS
@@ -70,8 +71,8 @@ def make_trainer(config: Config, comms: Communicators, kernels: Kernels) -> Trai
     model_config, root = config.model, comms.rank == 0
     groups = symmetry_groups(None, model_config.vocab_size, model_config.symmetry_order)
     ownership = ownership_of(config, comms.topology, groups)
-    dtype, slots = summed_type(config), slots_of(config)
-    reduction = make_reduction(config.hierarchy.reduction, comms, ownership, dtype, slots=slots).reduction
+    vectors = Vectors(summed_type(config), slots_of(config))
+    reduction = make_reduction(config.hierarchy.reduction, comms, ownership, vectors).reduction
     model = Transformer(
         model_config,
         storage=reduction.parameter_slots(),
@@ -83,7 +84,7 @@ def make_trainer(config: Config, comms: Communicators, kernels: Kernels) -> Trai
     reduction.share(model.parameters.vector)
     turns = make_turns(comms, model, config.run.threads_per_rank)
     source = None
-    optimizer = make_optimizer(config, model, reduction.moment_slots(), ownership, comms.rank, kernels)
+    optimizer = make_optimizer(config, model, reduction.state_slots(), ownership, comms.rank, kernels)
     if root:
         tokens = RandomTokens(model_config.vocab_size)
         counts = np.bincount(tokens.tokens, minlength=model_config.vocab_size)
@@ -99,7 +100,7 @@ def make_trainer(config: Config, comms: Communicators, kernels: Kernels) -> Trai
             comms,
             ID_COLUMNS + model_config.context_length + 1,
             config.train.batch_size,
-            in_memory=reduction.name == "shared",
+            in_memory=reduction.shares_memory,
         ),
         Phases(comms.rank, comms.waiter),
         StopRequests(),

@@ -1,6 +1,6 @@
 """Who owns which part of a model's vector, and the optimizer of each owner."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,14 +32,14 @@ def optimizer_settings(config: Config) -> OptimizerSettings:
 def make_optimizer(
     config: Config,
     model: Transformer,
-    moments: Sequence[Moments],
+    state: Sequence[Mapping[str, NDArray[np.float32]]],
     ownership: Ownership,
     rank: int,
     kernels: Kernels | None = None,
 ) -> Optimizer | None:
     """The optimizer of what ``rank`` owns; the root has one in any case, other ranks may have none.
 
-    ``moments`` are zeroed slots, see :class:`Optimizer`.
+    ``state`` are zeroed slots, see :class:`Optimizer`.
     """
     number = ownership.number(rank)
     if number is None:
@@ -47,7 +47,7 @@ def make_optimizer(
     return Optimizer(
         model.parameters,
         optimizer_settings(config),
-        moments,
+        [Moments(**slot) for slot in state],
         ownership,
         number,
         model.symmetry.class_bounds,

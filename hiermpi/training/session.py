@@ -17,7 +17,7 @@ from hiermpi.communication.agreement import agree, broadcast_object, gather_obje
 from hiermpi.communication.autotune import make_reduction
 from hiermpi.communication.communicators import Communicators
 from hiermpi.communication.compute_slots import make_turns
-from hiermpi.communication.reduction import Reduction, hand_down
+from hiermpi.communication.reduction import Reduction, Vectors, hand_down
 from hiermpi.communication.scatter import make_scatter
 from hiermpi.communication.sharded_state import deal_out_owned, gather_owned
 from hiermpi.communication.shutdown import ErrorSink, set_error_sink
@@ -204,15 +204,15 @@ class Session:
         self.stopping = self._stop_requests()
         self.model = self._model()
         turns = make_turns(comms, self.model, config.run.threads_per_rank)
-        moments = self.reduction.moment_slots()
-        self.optimizer = make_optimizer(config, self.model, moments, self.ownership, comms.rank)
+        state = self.reduction.state_slots()
+        self.optimizer = make_optimizer(config, self.model, state, self.ownership, comms.rank)
         self._load_state()
         self._saved_step = start.step if start.step else -1
         scatter = make_scatter(
             comms,
             ID_COLUMNS + config.model.context_length + 1,
             max(config.train.batch_size, comms.topology.n_leaves),
-            in_memory=self.reduction.name == "shared",
+            in_memory=self.reduction.shares_memory,
         )
         self.trainer = Trainer(
             config,
@@ -284,12 +284,12 @@ class Session:
         error = None
         unsaved = self.progress.step != self._saved_step
         self._saved_step = self.progress.step
-        mine = self.optimizer.moments if self.optimizer else (None, None)
-        m, v = (gather_owned(self.comms, self.ownership, vector) if unsaved else None for vector in mine)
+        mine = self.optimizer.moments._asdict() if self.optimizer else None
+        whole = gather_owned(self.comms, self.ownership, mine) if unsaved else None
         try:
             if recorder and saver:
-                if m is not None and v is not None:
-                    saver.save(recorder.last_loss, m, v)
+                if whole is not None:
+                    saver.save(recorder.last_loss, whole["m"], whole["v"])
                 if final:
                     saver.finish()
         except Exception as caught:  # noqa: BLE001  (raised on all ranks by agree)
@@ -343,14 +343,14 @@ class Session:
         """As configured; a choice by time is kept in the run folder, so that a resumed run sums in the same way."""
         config, place = self.config.hierarchy, self.comms.topology.layout
         known = "" if config.retune else self.start.reductions.get(place, "")
-        dtype, slots = summed_type(self.config), slots_of(self.config)
-        chosen = make_reduction(config.reduction, self.comms, self.ownership, dtype, known, slots)
+        vectors = Vectors(summed_type(self.config), slots_of(self.config))
+        chosen = make_reduction(config.reduction, self.comms, self.ownership, vectors, known)
         error = None
         if self.opened and chosen.seconds:
             times = ", ".join(f"{name} {1e3 * seconds:.1f} ms" for name, seconds in chosen.seconds.items())
-            logger.info("hierarchy.reduction: %s (%s)", chosen.reduction.name, times)
+            logger.info("hierarchy.reduction: %s (%s)", chosen.name, times)
             try:
-                self.opened.folder.keep_reduction(place, chosen.reduction.name)
+                self.opened.folder.keep_reduction(place, chosen.name)
             except UserError as caught:
                 error = caught
         agree(self.comms.world, error, self.comms.waiter)
@@ -395,9 +395,9 @@ class Session:
         for name in ("m", "v"):
             whole = None
             if saved is not None:
-                whole = lazy_zeros(model.parameters.size, np.float32)
-                model.load_token_order(saved.state[name], whole)
-            mine = getattr(self.optimizer.moments, name) if self.optimizer else None
+                whole = {name: lazy_zeros(model.parameters.size, np.float32)}
+                model.load_token_order(saved.state[name], whole[name])
+            mine = {name: getattr(self.optimizer.moments, name)} if self.optimizer else None
             deal_out_owned(self.comms, self.ownership, whole, mine)
 
     def _source(self) -> BatchSource | None:
