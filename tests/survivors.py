@@ -54,9 +54,8 @@ def main(data, folder, victim, step, *settings):
     except (StallError, MPI.Exception):
         in_order, parameters = session.model.tensors_in_token_order, session.model.parameters
         parts = {"parameters": parameters.vector}
-        if session.reduction.name == "shared":  # the moments of all owners of the node, also of the one that is gone
-            used = session.reduction.moment_slots()[parameters.slot]
-            parts |= {"m": used.m, "v": used.v}
+        if session.reduction.shares_memory:  # the moments of all owners of the node, also of the one that is gone
+            parts |= session.reduction.state_slots()[parameters.slot]
         tensors = {part: in_order(vector) for part, vector in parts.items()}
         arrays = {f"{part}/{name}": tensor for part, named in tensors.items() for name, tensor in named.items()}
         np.savez(Path(folder) / f"rank-{comms.rank}.npz", step=trainer.progress.step, **arrays)

@@ -1,10 +1,12 @@
-"""What ranks tell each other besides arrays: errors that all of them share, and small Python objects.
+"""Errors that all ranks share, and small Python objects that they send each other.
 
 An error of one rank is raised on all, so that none waits in a collective that another never enters. Arrays never travel
 as objects. All waits sleep.
 """
 
+import logging
 import pickle
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -16,6 +18,12 @@ from numpy.typing import NDArray
 from hiermpi.communication.waiting import Waiter
 from hiermpi.errors import UserError
 
+NOTE_BYTES = 4096
+"""Room for an error on its way to the other ranks."""
+PATIENCE_SECONDS = 5.0
+"""How long a rank with an error waits for the others before it says what has happened."""
+
+logger = logging.getLogger("hiermpi")
 T = TypeVar("T")
 
 
@@ -43,7 +51,7 @@ def from_root(comm: MPI.Comm, make: Callable[[], T], waiter: Waiter) -> T:
 
 
 def broadcast_object(comm: MPI.Comm, value: Any, waiter: Waiter) -> Any:
-    """Rank 0's ``value``, on every rank. Collective over ``comm``."""
+    """Return rank 0's ``value`` on every rank. Collective over ``comm``."""
     data = np.frombuffer(pickle.dumps(value), np.uint8) if comm.rank == 0 else None
     length = np.array([0 if data is None else len(data)], np.int64)
     waiter.wait(comm.Ibcast(length))
@@ -55,7 +63,7 @@ def broadcast_object(comm: MPI.Comm, value: Any, waiter: Waiter) -> Any:
 
 
 def gather_objects(comm: MPI.Comm, value: Any, waiter: Waiter) -> list[Any] | None:
-    """Every rank's ``value`` in rank order at rank 0, None elsewhere. Collective over ``comm``."""
+    """Return every rank's ``value`` in rank order at rank 0, None elsewhere. Collective over ``comm``."""
     gathered = gather_arrays(comm, np.frombuffer(pickle.dumps(value), np.uint8), waiter)
     if gathered is None:
         return None
@@ -65,9 +73,10 @@ def gather_objects(comm: MPI.Comm, value: Any, waiter: Waiter) -> list[Any] | No
 
 
 def gather_arrays(comm: MPI.Comm, values: NDArray, waiter: Waiter) -> tuple[NDArray, NDArray[np.int64]] | None:
-    """Every rank's 1-D ``values`` of one type, one after another, and how many each has, at rank 0; None elsewhere.
+    """Gather every rank's 1-D ``values`` of one type at rank 0. Collective over ``comm``.
 
-    Collective over ``comm``.
+    Returns:
+        At rank 0 the values one rank after the other, and how many each has; None elsewhere.
     """
     lengths = np.zeros(comm.size, np.int64)
     waiter.wait(comm.Igather(np.array([len(values)], np.int64), lengths if comm.rank == 0 else None))
@@ -86,17 +95,30 @@ def agree(comm: MPI.Comm, error: Exception | None, waiter: Waiter) -> None:
     and become a RuntimeError elsewhere.
     """
     bad = np.array([comm.rank if error is not None else comm.size], np.int64)
-    waiter.wait(comm.Iallreduce(MPI.IN_PLACE, bad, op=MPI.MIN))
+    request = comm.Iallreduce(MPI.IN_PLACE, bad, op=MPI.MIN)
+    if error is not None:
+        _speak_where_others_are_late(request, error)
+    waiter.wait(request)
     first = int(bad[0])
     if first == comm.size:
         return
-    told = np.zeros(4096, np.uint8)
+    note = np.zeros(NOTE_BYTES, np.uint8)
     if comm.rank == first:
-        note = pickle.dumps((error if isinstance(error, UserError) else None, str(error)[:1000]))
-        told[: len(note)] = np.frombuffer(note, np.uint8)
-    waiter.wait(comm.Ibcast(told, root=first))
-    user_error, text = pickle.loads(told.tobytes())  # noqa: S301
+        written = pickle.dumps((error if isinstance(error, UserError) else None, str(error)[:1000]))
+        note[: len(written)] = np.frombuffer(written, np.uint8)
+    waiter.wait(comm.Ibcast(note, root=first))
+    user_error, text = pickle.loads(note.tobytes())  # noqa: S301
     if user_error is not None:
         user_error.everywhere = True
         raise user_error
     raise error if error is not None else RuntimeError(f"rank {first} failed: {text}")
+
+
+def _speak_where_others_are_late(request: MPI.Request, error: Exception) -> None:
+    """Log ``error`` where ``request`` does not complete soon: other ranks may be waiting for this one elsewhere."""
+    begun = time.monotonic()
+    while not request.Test():
+        if time.monotonic() - begun > PATIENCE_SECONDS:
+            logger.error("%s (other ranks have not heard of it yet)", error)
+            return
+        time.sleep(1e-3)

@@ -9,24 +9,33 @@ from hiermpi.hierarchy.topology import Role, Topology
 
 
 def usable_cores() -> int:
-    """Cores that this process may run on."""
+    """Return how many cores this process may run on."""
     return len(os.sched_getaffinity(0))
 
 
 class Communicators:
-    """A duplicate of ``parent``, split to match a :class:`Topology`. Collective over ``parent``, like :meth:`free`.
+    """Duplicate ``parent``, and split it to match a :class:`Topology`. Collective over ``parent``, like :meth:`free`.
 
     Args:
         parent: the ranks to organise; it stays the caller's.
-        symmetry_order: classes of the model.
+        symmetry_order: how many symmetry classes the model has.
         coordinators: ``compute`` or ``dedicated``.
-        stall_warn, stall_abort: see :class:`Waiter`.
+        stall_warn: see :class:`Waiter`.
+        stall_abort: see :class:`Waiter`.
 
     Attributes:
-        world: all ranks, rank 0 is the root.
-        control: the root (rank 0) and the control ranks in group order; COMM_NULL on workers.
-        group: a control rank (rank 0) and its workers; COMM_NULL on the root.
+        world: all ranks; rank 0 is the root.
+        control: the root (rank 0) and the control ranks in group order. Only where ``in_control``.
+        group: a control rank (rank 0) and its workers. Only where ``in_group``.
         node: the ranks that share this rank's memory.
+        in_control: whether this rank is the root or a control rank.
+        in_group: whether this rank is a control rank or a worker.
+        rank: this rank's number in ``world``.
+        size: how many ranks there are.
+        topology: the role, group and node of every rank.
+        role: this rank's role.
+        group_index: this rank's group by number; -1 at the root.
+        waiter: does this rank's waiting.
     """
 
     def __init__(
@@ -52,27 +61,27 @@ class Communicators:
         )
         self.role = self.topology.role(self.rank)
         self.group_index = self.topology.group_of_rank[self.rank]
-        in_control = self.role is not Role.WORKER
-        self.control = self.world.Split(0 if in_control else MPI.UNDEFINED, self.group_index + 1)
-        in_group = self.role is not Role.ROOT
-        place = self.topology.groups[self.group_index].index(self.rank) if in_group else 0
-        self.group = self.world.Split(self.group_index if in_group else MPI.UNDEFINED, place)
+        self.in_control = self.role is not Role.WORKER
+        self.control = self.world.Split(0 if self.in_control else MPI.UNDEFINED, self.group_index + 1)
+        self.in_group = self.role is not Role.ROOT
+        place = self.topology.groups[self.group_index].index(self.rank) if self.in_group else 0
+        self.group = self.world.Split(self.group_index if self.in_group else MPI.UNDEFINED, place)
         self._name()
 
     def _name(self) -> None:
         self.world.Set_name("hiermpi.world")
         self.node.Set_name(f"hiermpi.node.{self.topology.nodes[self.rank]}")
-        if self.control != MPI.COMM_NULL:
+        if self.in_control:
             self.control.Set_name("hiermpi.control")
-        if self.group != MPI.COMM_NULL:
+        if self.in_group:
             self.group.Set_name(f"hiermpi.group.{self.group_index}")
 
     def levels_down(self) -> list[MPI.Comm]:
-        """The communicators this rank passes data down on, in order: control, then group."""
-        return [comm for comm in (self.control, self.group) if comm != MPI.COMM_NULL]
+        """Return the communicators that this rank passes data down on, in order: control, then group."""
+        levels = ((self.control, self.in_control), (self.group, self.in_group))
+        return [comm for comm, belongs in levels if belongs]
 
     def free(self) -> None:
         """Free every communicator made here."""
-        for comm in (self.group, self.control, self.node, self.world):
-            if comm != MPI.COMM_NULL:
-                comm.Free()
+        for comm in (*reversed(self.levels_down()), self.node, self.world):
+            comm.Free()

@@ -1,174 +1,156 @@
-"""Sums up the tree, parameters down it.
+"""What a reduction is: the memory of a step's vectors, and the sums over the ranks.
 
-    gradient = (sum over leaves of their gradient SUMS) / (sum over leaves of their target TOKENS)
+    gradient = (sum over ranks of their gradient SUMS) / (sum over ranks of their target TOKENS)
 
-Here only the sums are formed, each part of the vector where its owner is (:mod:`hiermpi.hierarchy.ownership`); the
-division happens once, where the optimizer steps. A rank with no sequence takes part with zeros.
+A reduction forms only the sums, each part of the vector at its owner (:mod:`hiermpi.hierarchy.ownership`). The division
+happens once, where the optimizer steps. A rank with no sequence takes part with zeros.
 
-- ``tree``: Reduce on each group communicator, then on the control communicator to each part's owner.
-- ``shared``: in memory that the ranks of a node share (:mod:`hiermpi.communication.shared_reduction`).
-- ``flat``: one Allreduce over the world; the reference that every other form must equal.
+The reductions of the package are ``shared`` (:mod:`hiermpi.communication.shared_reduction`), ``tree`` and ``flat``
+(:mod:`hiermpi.communication.tree_reduction`). ``hierarchy.reduction = my_module:Ring`` takes one from outside: a class
+that derives from :class:`Reduction`, whose docstring says what it must do.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
+from itertools import chain
+from typing import TypeVar
 
 import numpy as np
 from mpi4py import MPI
 from numpy.typing import DTypeLike, NDArray
 
 from hiermpi.communication.communicators import Communicators
-from hiermpi.communication.tree_messages import spread_pieces, sum_pieces
 from hiermpi.communication.waiting import InFlight, Waiter
 from hiermpi.hierarchy.ownership import Ownership, Span
 from hiermpi.kernels.memory import aligned_zeros, lazy_zeros
-from hiermpi.optimizer.adamw import Moments
 
 CHUNK_BYTES = 1 << 19
 """Messages are cut to this size: unsegmented algorithms of MPI libraries pipeline poorly, and counts stay small."""
 CHUNKS_IN_FLIGHT = 8
+SENDS = 16
+"""How many messages of :func:`spread_pieces` and sums by messages are on their way out at once."""
+
+T = TypeVar("T")
+Piece = tuple[NDArray, int]
+"""A part of a vector, and the rank that its sum is for, or that it comes from."""
 
 
-class Reduction(Protocol):
-    """A way to sum a vector over all ranks at its owners, and to give every rank the owners' vector.
+@dataclass(frozen=True)
+class Vectors:
+    """The vectors that a reduction holds and sums; all have the length of the parameters, ``ownership.size``."""
 
-    All methods are collective over the hierarchy, but for those that return memory.
-    """
-
-    name: str
-    ownership: Ownership
-    keeps_gradients: bool
-    """Whether :meth:`reduce` leaves every rank's own gradient as it was."""
-    decides: bool
-    """Whether this rank comes to the verdict on a step: every rank that owns something does, and the root unless one of
-    them can tell the others."""
-
-    def gradient_vector(self) -> NDArray:
-        """This rank's zeroed gradient, in the memory where it is summed best."""
-
-    def parameter_slots(self) -> list[NDArray[np.float32]]:
-        """The slots of the parameters, in the memory where they are broadcast best."""
-
-    def moment_slots(self) -> list[Moments]:
-        """Zeroed slots of the moments. Where a node's ranks share memory and slots are two, they outlive their owner.
-
-        They have the length of the parameters, but take memory only for what is written.
-        """
-
-    def share(self, parameters: NDArray[np.float32]) -> None:
-        """Give every rank the root's vector in a slot of the parameters, whoever owns it."""
-
-    def reduce(self, sums: NDArray[np.float64], gradients: NDArray) -> NDArray:
-        """Sum a few numbers, and the vector of :meth:`gradient_vector`, over the ranks.
-
-        Leaves the sum of the numbers in the ``sums`` of every rank that decides, and returns a vector that holds the
-        other sum at least in the parts that this rank owns; all else is scratch. Gradients may be written again after
-        the next call that is collective.
-        """
-
-    def sum_everywhere(self, values: NDArray[np.float64]) -> None:
-        """Sum a few numbers over all ranks, in place on every rank."""
-
-    def exchange(self, values: NDArray[np.float64] | None) -> None:
-        """Give every rank that decides what each owner found for its blocks.
-
-        Args:
-            values: (k, blocks), k at most 2, on ranks that decide: filled where this rank owns the block, zero
-                elsewhere, and filled altogether afterwards. None on all other ranks.
-        """
-
-    def broadcast(self, verdict: NDArray[np.float64], parameters: NDArray[np.float32]) -> None:
-        """Give every rank the verdict and, where its first number is not 0, each owner's part of the parameters.
-
-        Args:
-            verdict: the same on all ranks that decide, and on every rank afterwards.
-            parameters: a slot of them.
-        """
-
-    def free(self) -> None:
-        """Free what was made."""
+    gradients: DTypeLike = np.float32
+    """Type of the gradients: float32, or int64 where they are summed in fixed point."""
+    slots: int = 1
+    """How many copies of parameters and state there are: 2 where a step reads one and writes the other."""
+    state: tuple[str, ...] = ("m", "v")
+    """Names of the vectors that the optimizer's rule keeps."""
 
 
-class TreeReduction:
-    """Level by level, as the ranks are organised.
+class Reduction:
+    """Sums over all ranks at the owners, and the owners' parameters on every rank.
+
+    To write one of your own, derive from this class and override :meth:`reduce`. All else is here already: memory of
+    this rank's own, and messages over the communicators. Override more of it where your way is faster. A constructor of
+    your own takes the same three arguments and passes them on to this one.
+
+    **The ranks.** ``self.comms`` has the communicators: ``world`` (all ranks; rank 0 is the root), ``control`` (the
+    root and the first rank of each group; ask ``comms.in_control`` first), ``group`` (the ranks of a group; ask
+    ``comms.in_group`` first) and ``node`` (the ranks that share memory). Who is where says ``comms.topology``.
+
+    **The owners.** The optimizer updates each element of the parameters on one rank, its owner. Owners are numbered as
+    the ranks of ``control``: ``self.ownership.spans`` lists ``(start, stop, owner)`` over the whole vector, and
+    ``self.ownership.ranks[owner]`` is an owner's rank in ``world``. With ``optimizer.placement = root`` the root owns
+    everything.
+
+    **A step.** All ranks call, in this order, ``reduce``, then ``exchange`` where ``ownership.shared_out``, then
+    ``broadcast``. Ranks that *decide* (``self.decides``) learn from the sums whether the step can be taken, and bring
+    the same verdict to ``broadcast``. ``share`` and ``sum_everywhere`` are called between steps. Every rank of
+    ``world`` calls each of these, so that you may use collective operations of any communicator.
+
+    **Messages.** Start nonblocking operations and wait with ``self.comms.waiter.wait(request, ...)``: it sleeps where
+    ranks share cores, keeps the account of waiting, and ends a run that hangs. :func:`chunked` does an operation on
+    a vector chunk by chunk; :func:`send_and_receive` does both at once, as a ring does.
 
     Args:
-        comms: the hierarchy.
-        ownership: of the vectors.
-        dtype: of the gradients: float32, or int64 for fixed point.
-        slots: of parameters and moments.
+        comms: the communicators of the hierarchy.
+        ownership: the owner of each part of the vectors.
+        vectors: types, slots and names of the vectors.
     """
 
-    name = "tree"
+    name = "flat"
+    """What logs and reports call it."""
     keeps_gradients = False
+    """Whether :meth:`reduce` leaves every rank's own gradient as it was."""
+    shares_memory = False
+    """Whether the ranks of a node have one copy of parameters and gradients: then the vectors passed to the methods are
+    always those that :meth:`gradient_vector` and :meth:`parameter_slots` return, the same at every call."""
 
-    def __init__(
-        self, comms: Communicators, ownership: Ownership, dtype: DTypeLike = np.float32, slots: int = 1
-    ) -> None:
+    def __init__(self, comms: Communicators, ownership: Ownership, vectors: Vectors) -> None:
         self.comms = comms
         self.ownership = ownership
+        self.vectors = vectors
         self.decides = ownership.number(comms.rank) is not None
-        self.dtype = dtype
-        self.slots = slots
+        """Whether this rank comes to the verdict on a step: every rank that owns something does, and the root unless
+        one of them can tell the others."""
+
+    @classmethod
+    def usable(cls, comms: Communicators) -> bool:  # noqa: ARG003
+        """Tell whether a timed choice should try this reduction on these ranks; the same on every rank."""
+        return True
 
     def gradient_vector(self) -> NDArray:
-        return aligned_zeros(self.ownership.size, self.dtype)
+        """Return this rank's zeroed gradient, (size,) of ``vectors.gradients``, in the memory that is summed best."""
+        return aligned_zeros(self.ownership.size, self.vectors.gradients)
 
     def parameter_slots(self) -> list[NDArray[np.float32]]:
-        return [aligned_zeros(self.ownership.size, np.float32) for _ in range(self.slots)]
+        """Return ``vectors.slots`` zeroed vectors for the parameters, in the memory that is broadcast best."""
+        return [aligned_zeros(self.ownership.size, np.float32) for _ in range(self.vectors.slots)]
 
-    def moment_slots(self) -> list[Moments]:
-        return private_moments(self.ownership.size, self.slots)
+    def state_slots(self) -> list[dict[str, NDArray[np.float32]]]:
+        """Return ``vectors.slots`` sets of zeroed vectors for the optimizer's state, by name.
 
-    def share(self, parameters: NDArray[np.float32]) -> None:
-        hand_down(self.comms, parameters)
-
-    def reduce(self, sums: NDArray[np.float64], gradients: NDArray) -> NDArray:
-        comms = self.comms
-        if comms.group != MPI.COMM_NULL:
-            pieces = [(chunk, 0) for chunk in chunks(gradients)]
-            sum_pieces(comms.waiter, comms.group, [(sums, 0)])
-            sum_pieces(comms.waiter, comms.group, pieces)
-        if comms.control != MPI.COMM_NULL:
-            if self.ownership.shared_out:
-                comms.waiter.wait(comms.control.Iallreduce(MPI.IN_PLACE, sums))
-            else:
-                sum_pieces(comms.waiter, comms.control, [(sums, 0)])
-            reduce_spans(comms.waiter, comms.control, gradients, self.ownership.spans)
-        return gradients
-
-    def sum_everywhere(self, values: NDArray[np.float64]) -> None:
-        allreduce_small(self.comms, values)
-
-    def exchange(self, values: NDArray[np.float64] | None) -> None:
-        exchange_on_control(self.comms, values)
-
-    def broadcast(self, verdict: NDArray[np.float64], parameters: NDArray[np.float32]) -> None:
-        comms = self.comms
-        hand_down(comms, verdict)
-        if not verdict[0]:
-            return
-        if comms.control != MPI.COMM_NULL:
-            broadcast_spans(comms.waiter, comms.control, parameters, self.ownership.spans)
-        if comms.group != MPI.COMM_NULL:
-            chunked(comms.waiter, parameters, comms.group.Ibcast)
-
-    def free(self) -> None:
-        """There is nothing to free."""
-
-
-class FlatReduction(TreeReduction):
-    """One Allreduce over the world, one Bcast from each owner."""
-
-    name = "flat"
+        They have the length of the parameters, but take memory only where they are written. Where a node's ranks share
+        memory and slots are two, they outlive their owner.
+        """
+        return private_state(self.ownership.size, self.vectors)
 
     def reduce(self, sums: NDArray[np.float64], gradients: NDArray) -> NDArray:
+        """Sum a few numbers, and the gradients, over all ranks. Collective over the world.
+
+        Args:
+            sums: this rank's numbers, at most 16; afterwards, on every rank that decides, their sum over the ranks.
+            gradients: this rank's: the vector of :meth:`gradient_vector`, or one like it where memory is not shared.
+
+        Returns:
+            A vector like ``gradients``, or that one itself, that holds the sum at least in the parts that this rank
+            owns. All else in it is scratch, and so are the gradients unless ``keeps_gradients``. Gradients are written
+            again only after the next collective call.
+        """
         for vector in (sums, gradients):
             chunked(self.comms.waiter, vector, partial(self.comms.world.Iallreduce, MPI.IN_PLACE))
         return gradients
 
+    def exchange(self, values: NDArray[np.float64] | None) -> None:
+        """Give every rank that decides what each owner found for its blocks. Collective over the ranks that decide.
+
+        Args:
+            values: (k, blocks), k at most 2, on ranks that decide: filled where this rank owns the block and zero
+                elsewhere; filled altogether afterwards. None on all other ranks.
+        """
+        if values is not None and self.comms.in_control:
+            # What is zero elsewhere adds up to what it is.
+            start = partial(self.comms.control.Iallreduce, MPI.IN_PLACE)
+            chunked(self.comms.waiter, values.reshape(-1), start)
+
     def broadcast(self, verdict: NDArray[np.float64], parameters: NDArray[np.float32]) -> None:
+        """Give every rank the verdict and, unless its first number is 0, all parameters. Collective over the world.
+
+        Args:
+            verdict: a few numbers, the same on all ranks that decide; afterwards the same on every rank.
+            parameters: a slot of them, of which this rank has written what it owns; afterwards whole on every rank.
+        """
         world, waiter = self.comms.world, self.comms.waiter
         waiter.wait(world.Ibcast(verdict))
         if verdict[0]:
@@ -176,31 +158,40 @@ class FlatReduction(TreeReduction):
             spans = [span._replace(owner=ranks[span.owner]) for span in self.ownership.spans]
             broadcast_spans(waiter, world, parameters, spans)
 
+    def share(self, parameters: NDArray[np.float32]) -> None:
+        """Give every rank the root's parameters, whoever owns them. Collective over the world.
 
-def private_moments(size: int, slots: int) -> list[Moments]:
-    """Slots of zeroed moments in this rank's own memory, which is taken where they are written."""
-    return [Moments(lazy_zeros(size, np.float32), lazy_zeros(size, np.float32)) for _ in range(slots)]
+        Args:
+            parameters: a slot of them, whole at the root beforehand and on every rank afterwards.
+        """
+        hand_down(self.comms, parameters)
+
+    def sum_everywhere(self, values: NDArray[np.float64]) -> None:
+        """Sum a few numbers (at most 16) over all ranks, in place on every rank. Collective over the world."""
+        allreduce_small(self.comms, values)
+
+    def free(self) -> None:
+        """Free the communicators that were made. Collective over the world."""
+
+
+def private_state(size: int, vectors: Vectors) -> list[dict[str, NDArray[np.float32]]]:
+    """Make slots of zeroed state in this rank's own memory, which is taken where they are written."""
+    return [{name: lazy_zeros(size, np.float32) for name in vectors.state} for _ in range(vectors.slots)]
 
 
 def hand_down(comms: Communicators, vector: NDArray) -> None:
-    """Give every rank the root's ``vector``: control, then group. Collective over the hierarchy."""
+    """Give every rank the root's ``vector``: over control, then over group. Collective over the hierarchy."""
     for comm in comms.levels_down():
         chunked(comms.waiter, vector, comm.Ibcast)
 
 
-def exchange_on_control(comms: Communicators, values: NDArray[np.float64] | None) -> None:
-    """:meth:`Reduction.exchange` by messages: what is zero elsewhere adds up to what it is. Collective over control."""
-    if values is not None and comms.control != MPI.COMM_NULL:
-        chunked(comms.waiter, values.reshape(-1), partial(comms.control.Iallreduce, MPI.IN_PLACE))
-
-
-def reduce_spans(waiter: Waiter, comm: MPI.Comm, vector: NDArray, spans: Iterable[Span]) -> None:
-    """Leave the sum over ``comm`` of each span at its owner there. Collective over ``comm``."""
-    sum_pieces(waiter, comm, list(span_chunks(vector, spans)))
+def allreduce_small(comms: Communicators, values: NDArray[np.float64]) -> None:
+    """Sum a few numbers over all ranks, in place on every rank. Collective over the world."""
+    comms.waiter.wait(comms.world.Iallreduce(MPI.IN_PLACE, values))
 
 
 def broadcast_spans(waiter: Waiter, comm: MPI.Comm, vector: NDArray, spans: Iterable[Span]) -> None:
-    """Give every rank of ``comm`` each span of its owner there. Collective over ``comm``."""
+    """Give every rank of ``comm`` each span from its owner there. Collective over ``comm``."""
     pieces = list(span_chunks(vector, spans))
     if len({owner for _, owner in pieces}) > 1:
         spread_pieces(waiter, comm, pieces)
@@ -208,32 +199,64 @@ def broadcast_spans(waiter: Waiter, comm: MPI.Comm, vector: NDArray, spans: Iter
         pipelined(waiter, (partial(comm.Ibcast, chunk, owner) for chunk, owner in pieces))
 
 
+def spread_pieces(waiter: Waiter, comm: MPI.Comm, pieces: Iterable[Piece]) -> None:
+    """Give every rank of ``comm`` each piece from the rank that has it, directly. Collective over ``comm``."""
+    flying = InFlight(waiter, SENDS)
+    for piece, root in pieces:
+        if root != comm.rank:
+            flying.start(partial(comm.Irecv, piece, root))
+            continue
+        for other in range(comm.size):
+            if other != root:
+                flying.start(partial(comm.Isend, piece, other))
+    flying.finish()
+
+
+def send_and_receive(
+    waiter: Waiter, comm: MPI.Comm, sent: NDArray, to: int, received: NDArray, source: int
+) -> None:
+    """Send one vector and receive another at the same time, in chunks.
+
+    Args:
+        waiter: does the waiting.
+        comm: the communicator of both messages.
+        sent: 1-D, contiguous.
+        to: the rank that receives it.
+        received: 1-D, contiguous, as long as what ``source`` sends.
+        source: the rank that it comes from.
+    """
+    receives = [partial(comm.Irecv, chunk, source) for chunk in chunks(received)]
+    sends = [partial(comm.Isend, chunk, to) for chunk in chunks(sent)]
+    pipelined(waiter, alternating(receives, sends))
+
+
+def alternating(one: Sequence[T], other: Sequence[T]) -> Iterator[T]:
+    """Yield the entries of two lists in turns, and what the longer one has left."""
+    common = min(len(one), len(other))
+    return chain(*zip(one, other, strict=False), one[common:], other[common:])
+
+
 def chunked(waiter: Waiter, vector: NDArray, start: Callable[[NDArray], MPI.Request]) -> None:
-    """Do what ``start`` starts on every chunk of ``vector``, a few at a time."""
+    """Do the operation that ``start`` starts on every chunk of ``vector``, a few at a time."""
     pipelined(waiter, (partial(start, chunk) for chunk in chunks(vector)))
 
 
 def pipelined(waiter: Waiter, starts: Iterable[Callable[[], MPI.Request]]) -> None:
-    """Do what all of ``starts`` start, a few at a time, in their order."""
+    """Do the operations that ``starts`` start, a few at a time, in their order."""
     flying = InFlight(waiter, CHUNKS_IN_FLIGHT)
     for start in starts:
         flying.start(start)
     flying.finish()
 
 
-def span_chunks(vector: NDArray, spans: Iterable[Span]) -> Iterator[tuple[NDArray, int]]:
-    """Views that cover the ``spans`` in pieces of at most :data:`CHUNK_BYTES`, and the owner of each."""
+def span_chunks(vector: NDArray, spans: Iterable[Span]) -> Iterator[Piece]:
+    """Yield views that cover the ``spans`` in pieces of at most :data:`CHUNK_BYTES`, and the owner of each."""
     for span in spans:
         for chunk in chunks(vector[span.start : span.stop]):
             yield chunk, span.owner
 
 
 def chunks(vector: NDArray) -> list[NDArray]:
-    """Views that cover ``vector`` in pieces of at most :data:`CHUNK_BYTES`."""
+    """Return views that cover ``vector`` in pieces of at most :data:`CHUNK_BYTES`."""
     step = max(1, CHUNK_BYTES // vector.itemsize)
     return [vector[start : start + step] for start in range(0, len(vector), step)]
-
-
-def allreduce_small(comms: Communicators, values: NDArray[np.float64]) -> None:
-    """Sum a few numbers over all ranks, in place on every rank. Collective over the world."""
-    comms.waiter.wait(comms.world.Iallreduce(MPI.IN_PLACE, values))

@@ -1,6 +1,6 @@
-"""State that lies with its owners, brought to the root for a checkpoint and dealt out again from one."""
+"""State that lies with its owners, gathered at the root for a checkpoint and dealt out again from one."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 
 from mpi4py import MPI
@@ -12,49 +12,72 @@ from hiermpi.hierarchy.ownership import Ownership
 from hiermpi.kernels.memory import lazy_zeros
 
 
-def gather_owned(comms: Communicators, ownership: Ownership, vector: NDArray | None) -> NDArray | None:
-    """The whole vector at the root, from the parts of its owners; None elsewhere.
+def gather_owned(
+    comms: Communicators, ownership: Ownership, state: Mapping[str, NDArray] | None
+) -> dict[str, NDArray] | None:
+    """Gather whole vectors at the root from the parts of their owners.
 
     Collective over the root and the owners; others may call it.
 
     Args:
-        comms: the hierarchy.
-        ownership: whose the parts are.
-        vector: this rank's, of full length; None where it owns nothing.
+        comms: the communicators of the hierarchy.
+        ownership: the owner of each part.
+        state: this rank's vectors by name, each (size,), of which it has what it owns; the same names in the same order
+            on every rank. None where the rank owns nothing.
+
+    Returns:
+        At the root the whole vectors by name, None elsewhere. Where the root owns everything they are its own, not
+        copies.
     """
     if comms.rank != 0:
-        _exchange(comms, ownership, vector, to_root=True)
+        for vector in (state or {}).values():
+            _send_parts(comms, ownership, vector, to_root=True)
         return None
-    assert vector is not None
+    assert state is not None
     if not ownership.shared_out:
-        return vector
-    whole = lazy_zeros(ownership.size, vector.dtype)
-    for start, stop, _ in ownership.spans_of(0):
-        whole[start:stop] = vector[start:stop]
-    _exchange(comms, ownership, whole, to_root=True)
-    return whole
+        return dict(state)
+    return {name: _gathered(comms, ownership, vector) for name, vector in state.items()}
 
 
 def deal_out_owned(
-    comms: Communicators, ownership: Ownership, whole: NDArray | None, vector: NDArray | None
+    comms: Communicators,
+    ownership: Ownership,
+    whole: Mapping[str, NDArray] | None,
+    state: Mapping[str, NDArray] | None,
 ) -> None:
-    """Fill each owner's part of its ``vector`` from the root's ``whole``. Collective like :func:`gather_owned`."""
-    if comms.rank != 0:
-        _exchange(comms, ownership, vector, to_root=False)
-    elif whole is not None and vector is not None:
-        for start, stop, _ in ownership.spans_of(0):
-            vector[start:stop] = whole[start:stop]
-        _exchange(comms, ownership, whole, to_root=False)
+    """Fill each owner's parts of its vectors from the root's whole ones. Collective like :func:`gather_owned`.
+
+    Args:
+        comms: the communicators of the hierarchy.
+        ownership: the owner of each part.
+        whole: at the root the vectors by name, each (size,); elsewhere None.
+        state: this rank's vectors by name, see :func:`gather_owned`; only what is owned is written.
+    """
+    for name, vector in (state or {}).items():
+        if comms.rank != 0:
+            _send_parts(comms, ownership, vector, to_root=False)
+        elif whole is not None:
+            for start, stop, _ in ownership.spans_of(0):
+                vector[start:stop] = whole[name][start:stop]
+            _send_parts(comms, ownership, whole[name], to_root=False)
 
 
-def _exchange(comms: Communicators, ownership: Ownership, vector: NDArray | None, to_root: bool) -> None:
-    """Messages between the root and every other owner, span by span in the order of the vector."""
-    control = comms.control
-    if control == MPI.COMM_NULL or vector is None:
+def _gathered(comms: Communicators, ownership: Ownership, vector: NDArray) -> NDArray:
+    """Return one whole vector at the root, from its own parts and those of the other owners."""
+    whole = lazy_zeros(ownership.size, vector.dtype)
+    for start, stop, _ in ownership.spans_of(0):
+        whole[start:stop] = vector[start:stop]
+    _send_parts(comms, ownership, whole, to_root=True)
+    return whole
+
+
+def _send_parts(comms: Communicators, ownership: Ownership, vector: NDArray, to_root: bool) -> None:
+    """Send parts between the root and every other owner, span by span in the order of the vector."""
+    if not comms.in_control:
         return
+    control, here = comms.control, comms.control.rank
 
     def starts() -> Iterator[Callable[[], MPI.Request]]:
-        here = control.rank
         spans = [span for span in ownership.spans if span.owner != 0 and here in (0, span.owner)]
         for chunk, owner in span_chunks(vector, spans):
             send = control.Isend if to_root == (here != 0) else control.Irecv

@@ -27,7 +27,7 @@ _error_sink: ErrorSink | None = None
 
 
 def set_error_sink(sink: ErrorSink | None) -> None:
-    """Where the traceback of an unexpected error goes from now on (by default: to stderr)."""
+    """Set where the traceback of an unexpected error goes from now on; None is stderr, as at the start."""
     global _error_sink
     _error_sink = sink
 
@@ -72,8 +72,8 @@ def abort(error: BaseException) -> None:
     if where is None:
         sys.stderr.write("".join(traceback.format_tb(error.__traceback__)))
     reason = "interrupted" if isinstance(error, KeyboardInterrupt) else f"{type(error).__name__}: {error}"
-    told = f"; the traceback is in {where}" if where else ""
-    logger.critical("rank %d on %s failed: %s%s", rank, socket.gethostname(), reason, told)
+    hint = f"; the traceback is in {where}" if where else ""
+    logger.critical("rank %d on %s failed: %s%s", rank, socket.gethostname(), reason, hint)
     flush()
     MPI.COMM_WORLD.Abort(EXIT_ERROR)
     os._exit(EXIT_ERROR)

@@ -1,6 +1,6 @@
 """The one place where a rank waits for another.
 
-Polls, then backs off to sleeps of at most a millisecond: a waiting rank does not steal the core of one that
+A wait polls, then backs off to sleeps of at most a millisecond: a waiting rank does not steal the core of one that
 computes, and Python's signal handlers, stall timers and the like run between two polls. MPI moves data only while
 somebody polls, so whenever a request completes the next ones are polled for without sleep again.
 """
@@ -17,11 +17,11 @@ from mpi4py import MPI
 FIRST_SLEEP = 20e-6
 LONGEST_SLEEP = 1e-3
 GROWTH = 1.15
-"""Of the sleep from poll to poll: about a seventh of the wait so far, so that a message in many rounds loses little."""
+"""Growth of the sleep from poll to poll: about a seventh of the wait so far, so that many rounds lose little."""
 SPIN_SECONDS = 2e-3
 """How long a rank with a core of its own polls before it sleeps."""
 OVERSUBSCRIBED_SPIN_SECONDS = 50e-6
-"""The same where ranks share cores; each poll then gives the core away."""
+"""How long it polls where ranks share cores; each poll then gives the core away."""
 
 logger = logging.getLogger("hiermpi")
 
@@ -31,16 +31,16 @@ class StallError(RuntimeError):
 
 
 class Slept(ctypes.Structure):
-    """Nanoseconds of wall time and of CPU that waits in node.c took."""
+    """Nanoseconds of wall time and of CPU that waits in compiled gates took."""
 
     _fields_ = (("wall", ctypes.c_int64), ("cpu", ctypes.c_int64))
 
 
 class Waiter:
-    """Waits for requests, and accounts for it.
+    """Wait for requests and for other ranks' words in shared memory, and keep account of it.
 
     Args:
-        oversubscribed: more ranks than cores share this node.
+        oversubscribed: whether more ranks than cores share this node.
         stall_warn: seconds after which a wait is logged, once (0: never).
         stall_abort: seconds after which a wait raises :class:`StallError` (0: never).
     """
@@ -53,18 +53,18 @@ class Waiter:
         self._cpu_seconds = 0.0
         self._slept = Slept()
         self.slept_at = ctypes.addressof(self._slept)
-        """Where node.c accounts for its waits."""
+        """Address of the account that compiled gates keep of their waits."""
         self.phase = "start"
         """What the rank is doing, for messages."""
 
     @property
     def seconds(self) -> float:
-        """Wall time spent in waits so far."""
+        """Wall time spent in waits so far, in seconds."""
         return self._seconds + 1e-9 * self._slept.wall
 
     @property
     def cpu_seconds(self) -> float:
-        """CPU that polling in them took."""
+        """CPU time that polling in them took, in seconds."""
         return self._cpu_seconds + 1e-9 * self._slept.cpu
 
     def wait(self, *requests: MPI.Request) -> None:
@@ -97,7 +97,7 @@ class Waiter:
         self._account(start, cpu)
 
     def wait_until(self, ready: Callable[[], bool]) -> None:
-        """Return when ``ready`` says so: for words of shared memory, which other ranks write."""
+        """Return when ``ready()`` is true: for words of shared memory, which other ranks write."""
         if ready():
             return
         start, cpu = time.perf_counter(), time.process_time()
@@ -115,7 +115,7 @@ class Waiter:
         self._account(start, cpu)
 
     def wait_asleep(self, done: Callable[..., bool], *arguments: int) -> None:
-        """Return when ``done`` says so: a wait in node.c, which sleeps a second at most and accounts for itself."""
+        """Return when ``done(*arguments)`` is true: a compiled wait that sleeps a second at most and keeps account."""
         start = time.perf_counter()
         warned = False
         while not done(*arguments):
@@ -137,11 +137,11 @@ class Waiter:
 
 
 class InFlight:
-    """At most so many requests under way; the oldest is waited for first.
+    """Keep at most so many requests under way; the oldest is waited for first.
 
     Args:
-        waiter: for the waits.
-        most: requests.
+        waiter: does the waiting.
+        most: how many requests.
     """
 
     def __init__(self, waiter: Waiter, most: int) -> None:
@@ -150,11 +150,11 @@ class InFlight:
         self._requests: deque[MPI.Request] = deque()
 
     def start(self, start: Callable[[], MPI.Request]) -> None:
-        """Start one more, when there is room."""
+        """Start one more request, when there is room."""
         if len(self._requests) == self._most:
             self._waiter.wait(self._requests.popleft())
         self._requests.append(start())
 
     def finish(self) -> None:
-        """Return when all are complete."""
+        """Return when all requests are complete."""
         self._waiter.wait_all(list(self._requests))

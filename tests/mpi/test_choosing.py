@@ -8,10 +8,12 @@ from collective import collective_assert
 
 from hiermpi.communication import autotune as choosing
 from hiermpi.communication.agreement import gather_objects
-from hiermpi.communication.autotune import PREFERRED, make_reduction, preferred
+from hiermpi.communication.autotune import make_reduction, preferred
 from hiermpi.communication.communicators import Communicators
+from hiermpi.communication.reduction import Vectors
 from hiermpi.errors import UserError
 from hiermpi.hierarchy.ownership import owned_by_root
+from hiermpi.registry import REDUCTIONS
 from runs import TINY, make_dataset, train_on
 
 
@@ -19,7 +21,7 @@ from runs import TINY, make_dataset, train_on
 @pytest.mark.parametrize("dtype", [np.float32, np.int64])
 def test_every_rank_takes_the_same_and_starts_from_zero(comm, dtype):
     comms = Communicators(comm, 12)
-    chosen = make_reduction("auto", comms, owned_by_root(1000), dtype)
+    chosen = make_reduction("auto", comms, owned_by_root(1000), Vectors(dtype))
     names = gather_objects(comms.world, chosen.reduction.name, comms.waiter)
     collective_assert(comm, names is None or len(set(names)) == 1, names)
     collective_assert(comm, comm.size == 1 or set(chosen.seconds) >= {"tree", "flat"})
@@ -33,9 +35,9 @@ def test_every_rank_takes_the_same_and_starts_from_zero(comm, dtype):
 def test_what_is_known_is_not_timed(comm, monkeypatch):
     monkeypatch.setattr(choosing, "fastest", lambda *_: pytest.fail("was timed"))
     comms = Communicators(comm, 12)
-    for name in PREFERRED:
-        chosen = make_reduction("auto", comms, owned_by_root(100), known=name)
-        assert (chosen.reduction.name, dict(chosen.seconds)) == (name, {})
+    for name in REDUCTIONS:
+        chosen = make_reduction("auto", comms, owned_by_root(100), Vectors(), known=name)
+        assert (chosen.reduction.name, chosen.name, dict(chosen.seconds)) == (name, name, {})
         chosen.reduction.free()
     comms.free()
 

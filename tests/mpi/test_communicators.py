@@ -27,9 +27,10 @@ def test_split_matches_topology(comm, order):
     for name, expected in members.items():
         part = getattr(comms, name)
         if expected is None:
-            good = good and part == MPI.COMM_NULL
+            good = good and part == MPI.COMM_NULL and not getattr(comms, f"in_{name}")
         else:
             good = good and part.allgather(comms.rank) == expected and part.Get_name().startswith(f"hiermpi.{name}")
+    good = good and comms.in_control == (members["control"] is not None) and comms.in_group == (comms.rank > 0)
     collective_assert(comm, good, "a communicator does not hold the ranks of the topology")
     comms.free()
 

@@ -7,7 +7,7 @@ from collective import collective_assert
 from hiermpi.communication import reduction
 from hiermpi.communication.autotune import make_reduction
 from hiermpi.communication.communicators import Communicators
-from hiermpi.communication.reduction import allreduce_small, chunks
+from hiermpi.communication.reduction import Vectors, allreduce_small, chunks
 from hiermpi.hierarchy.ownership import Ownership, owned_by_root
 
 pytestmark = pytest.mark.mpi
@@ -29,7 +29,7 @@ def gradients(how, values):
 @pytest.mark.parametrize("n", [1, 5, 1000])
 def test_sum_of_ranks(comm, kind, n):
     comms = Communicators(comm, 12)
-    how = make_reduction(kind, comms, owned_by_root(n)).reduction
+    how = make_reduction(kind, comms, owned_by_root(n), Vectors()).reduction
     size = comm.size
     vector = how.gradient_vector()
     small = np.empty(4)
@@ -48,7 +48,7 @@ def test_sum_of_ranks(comm, kind, n):
 def test_sum_in_many_chunks(comm, kind, order, monkeypatch):
     monkeypatch.setattr(reduction, "CHUNK_BYTES", 64)
     comms = Communicators(comm, order)
-    how = make_reduction(kind, comms, owned_by_root(1003)).reduction
+    how = make_reduction(kind, comms, owned_by_root(1003), Vectors()).reduction
     vector = gradients(how, np.arange(1003) * (comm.rank + 1))
     total = how.reduce(np.zeros(4), vector)
     expected = np.arange(1003, dtype=np.float32) * (comm.size * (comm.size + 1) / 2)
@@ -62,7 +62,7 @@ def test_every_form_equals_flat_to_rounding(comm):
     mine = np.random.default_rng(comm.rank).normal(size=5000).astype(np.float32)
     sums = {}
     for kind in ("flat", "tree", "shared"):
-        how = make_reduction(kind, comms, owned_by_root(5000)).reduction
+        how = make_reduction(kind, comms, owned_by_root(5000), Vectors()).reduction
         vector = gradients(how, mine)
         sums[kind] = how.reduce(np.zeros(4), vector).copy()
         how.free()
@@ -73,7 +73,7 @@ def test_every_form_equals_flat_to_rounding(comm):
 
 def test_same_bits_every_time(comm, kind):
     comms = Communicators(comm, 12)
-    how = make_reduction(kind, comms, owned_by_root(300_000)).reduction
+    how = make_reduction(kind, comms, owned_by_root(300_000), Vectors()).reduction
     mine = np.random.default_rng(comm.rank).normal(size=300_000).astype(np.float32)
     vector, first = how.gradient_vector(), None
     for _ in range(4):
@@ -88,7 +88,7 @@ def test_same_bits_every_time(comm, kind):
 @pytest.mark.smoke
 def test_broadcast_reaches_every_rank(comm, kind):
     comms = Communicators(comm, 12)
-    how = make_reduction(kind, comms, owned_by_root(1000)).reduction
+    how = make_reduction(kind, comms, owned_by_root(1000), Vectors()).reduction
     parameters = how.parameter_slots()[0]
     for value in (7.5, 8.5):
         if comm.rank == 0:
@@ -110,7 +110,7 @@ def test_those_who_decide_have_the_sums_and_are_heard(comm, kind, owner):
     number = min(owner, len(ranks) - 1)
     blocks = np.arange(0, 1001, 100)
     ownership = Ownership(blocks, np.full(10, number), np.full(10, -1), ranks)
-    how = make_reduction(kind, comms, ownership).reduction
+    how = make_reduction(kind, comms, ownership, Vectors()).reduction
     alone = kind == "shared" and comms.topology.n_nodes == 1
     owns = comm.rank == ranks[number]
     collective_assert(comm, how.decides == (owns if alone else ownership.number(comm.rank) is not None))
@@ -140,7 +140,7 @@ def test_without_shared_memory_the_tree_takes_over(comm, monkeypatch):
 
     monkeypatch.setattr("os.posix_fallocate", refuse)
     comms = Communicators(comm, 12)
-    how = make_reduction("shared", comms, owned_by_root(10)).reduction
+    how = make_reduction("shared", comms, owned_by_root(10), Vectors()).reduction
     assert how.name == "tree"
     how.free()
     comms.free()

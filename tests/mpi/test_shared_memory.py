@@ -9,6 +9,7 @@ from collective import collective_assert
 from hiermpi.communication import shared_memory
 from hiermpi.communication.autotune import make_reduction
 from hiermpi.communication.communicators import Communicators
+from hiermpi.communication.reduction import Vectors
 from hiermpi.communication.scatter import SharedScatter
 from hiermpi.communication.shared_memory import Gate, Mailboxes, NodeMemory
 from hiermpi.hierarchy.ownership import owned_by_root
@@ -108,7 +109,7 @@ def test_mailboxes_hold_the_numbers_of_the_round(comms):
 
 @pytest.mark.parametrize("kind", ["shared", "tree"])
 def test_sum_everywhere(comms, kind):
-    how = make_reduction(kind, comms, owned_by_root(10)).reduction
+    how = make_reduction(kind, comms, owned_by_root(10), Vectors()).reduction
     size = comms.size
     for turn in range(ROUNDS):
         values = np.array([1.0, comms.rank, turn])
@@ -120,7 +121,7 @@ def test_sum_everywhere(comms, kind):
 @pytest.mark.parametrize("n", [1000, 300_000])  # summed by the owner alone, and by all
 def test_sums_one_after_the_other(comms, n):
     """Ranks that need no sum run ahead: their next numbers must not reach a sum that is still being formed."""
-    how = make_reduction("shared", comms, owned_by_root(n)).reduction
+    how = make_reduction("shared", comms, owned_by_root(n), Vectors()).reduction
     size, sums, good = comms.size, np.empty(3), []
     vector = how.gradient_vector()
     for turn in range(ROUNDS):

@@ -35,7 +35,8 @@ def same(one, other):
 
 def runs_are_equal(folder, name, other):
     ours, theirs = last_checkpoint(folder / name), last_checkpoint(folder / other)
-    pairs = [(getattr(ours, part), getattr(theirs, part)) for part in ("parameters", "m", "v")]
+    assert ours.state.keys() == theirs.state.keys() == {"m", "v"}
+    pairs = [(ours.parameters, theirs.parameters), *((ours.state[name], theirs.state[name]) for name in ours.state)]
     arrays = all(np.array_equal(one[key], two[key]) for one, two in pairs for key in one)
     return arrays and losses(folder / name) == losses(folder / other) and ours.adam_count == theirs.adam_count
 

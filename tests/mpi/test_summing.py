@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from collective import collective_assert
 
-from hiermpi.communication.tree_messages import children_and_parent, spread_pieces, sum_pieces
+from hiermpi.communication.reduction import spread_pieces
+from hiermpi.communication.tree_reduction import children_and_parent, sum_pieces
 from hiermpi.communication.waiting import Waiter
 
 
