@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from hiermpi.model.contract import Batch as Batch
     from hiermpi.model.contract import Family as Family
     from hiermpi.model.contract import Model as Model
-    from hiermpi.model.generation import generate_text as generate
     from hiermpi.model.parameters import ParameterBuffer as ParameterBuffer
     from hiermpi.model.parameters import TensorSpec as TensorSpec
     from hiermpi.optimizer.rules import Hyper as Hyper
@@ -23,6 +22,7 @@ if TYPE_CHECKING:
     from hiermpi.optimizer.rules import Values as Values
     from hiermpi.preparation.preparing import prepare as prepare
     from hiermpi.training.evaluation import evaluate as evaluate
+    from hiermpi.training.opening import generate as generate
     from hiermpi.training.session import TrainResult as TrainResult
     from hiermpi.training.session import train as train
 

@@ -122,6 +122,8 @@ REDUCTIONS = Registry(
     },
 )
 """In the order in which ``auto`` prefers them where they are about as fast, so that noise seldom decides."""
+SHARING_REDUCTIONS = frozenset({"shared"})
+"""Those in whose memory the ranks of a node see each other's gradients: for ``plan``, which loads no MPI."""
 READERS = Registry("--reader", {"text": "hiermpi.data.text:READER"})
 FORMATS = Registry(
     "--format",
@@ -142,9 +144,9 @@ COMMANDS = Registry(
         "report": "hiermpi.commands.report:REPORT",
         "plan": "hiermpi.commands.plan:PLAN",
         "inspect": "hiermpi.commands.inspect:INSPECT",
-        "verify": "hiermpi.commands.inspect:VERIFY",
-        "export": "hiermpi.commands.exchange:EXPORT",
-        "import": "hiermpi.commands.exchange:IMPORT",
+        "verify": "hiermpi.commands.verify:VERIFY",
+        "export": "hiermpi.commands.export:EXPORT",
+        "import": "hiermpi.commands.import_:IMPORT",
         "bench": "hiermpi.commands.bench:BENCH",
         "info": "hiermpi.commands.info:INFO",
     },

@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 
 from hiermpi.benchmarks.measuring import interleaved, row
 from hiermpi.communication.agreement import broadcast_object
+from hiermpi.communication.autotune import make_reduction
 from hiermpi.communication.communicators import Communicators, usable_cores
-from hiermpi.communication.reduction import Reduction, Vectors, chunked, make_reduction
+from hiermpi.communication.reduction import Reduction, Vectors, chunked
 from hiermpi.config.schema import listed
 from hiermpi.hierarchy.ownership import Ownership, owned_by_root
 from hiermpi.hierarchy.topology import block_bounds
@@ -68,7 +69,7 @@ def bench_size(comms: Communicators, names: Sequence[str], n: int, rounds: int) 
     """Rows at one size. Collective over the hierarchy."""
     ownership, vectors = owned_by_root(n), Vectors(state=())
     chosen = make_reduction(",".join(names), comms, ownership, vectors)
-    name = next(entry for entry in names if entry == chosen.choice)
+    name = chosen.name
     chosen.reduction.free()
     del chosen  # and its memory, before the same is taken again
     made = {kind: make_reduction(kind, comms, ownership, vectors).reduction for kind in names}

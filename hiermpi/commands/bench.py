@@ -67,7 +67,7 @@ def bench_reduce_and_machine(arguments: argparse.Namespace, world: "MPI.Comm") -
     from hiermpi.benchmarks.reduce import bench_reduce
     from hiermpi.communication.agreement import agreed
     from hiermpi.communication.waiting import Waiter
-    from hiermpi.planning.cost import default_path, keep_machine
+    from hiermpi.planning.machine import default_path, keep_machine
 
     config = resolved_config(arguments, world)
     result = bench_reduce(world, config.hierarchy.reduction, arguments.largest, arguments.rounds)

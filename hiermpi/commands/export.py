@@ -3,6 +3,8 @@
 import argparse
 from pathlib import Path
 
+from hiermpi.commands import Command
+
 SUMMARY = "write a trained model for transformers, or as plain tensors"
 EXAMPLE = """\
 example:
@@ -26,9 +28,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Export, and tell what was written."""
     from hiermpi.interchange.exporting import export
-    from hiermpi.training.loading import open_checkpoint
+    from hiermpi.training.opening import open_checkpoint
 
     checkpoint = open_checkpoint(arguments.source)
     written = export(checkpoint, arguments.out, arguments.format, arguments.force)
     print(f"{'written':14}{written} ({arguments.format}, step {checkpoint.step})")
     return 0
+
+
+EXPORT = Command(SUMMARY, EXAMPLE, configure, run)

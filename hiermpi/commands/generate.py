@@ -3,6 +3,8 @@
 import argparse
 from pathlib import Path
 
+from hiermpi.commands import Command, add_family_argument, given_family
+
 SUMMARY = "write text with a trained model"
 EXAMPLE = """\
 example:
@@ -30,6 +32,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="choose among the likeliest that together have probability P (default: 1, all)",
     )
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="seed of the choices (default: 0)")
+    add_family_argument(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -39,8 +42,9 @@ def run(arguments: argparse.Namespace) -> int:
 
     from hiermpi.data.tokenizers import tokenizer_from_json
     from hiermpi.errors import UsageError
-    from hiermpi.model.decoder import Sampling, generate
-    from hiermpi.training.loading import load_model, open_checkpoint
+    from hiermpi.model.generation import Sampling, generate
+    from hiermpi.storage.checkpoint import model_config
+    from hiermpi.training.opening import family_of, load_model, open_checkpoint
 
     check(arguments)
     text = sys.stdin.buffer.read() if arguments.prompt == "-" else arguments.prompt.encode(errors="surrogateescape")
@@ -54,12 +58,14 @@ def run(arguments: argparse.Namespace) -> int:
         except UnicodeDecodeError as error:
             raise UsageError(f"--prompt is not UTF-8 (byte {error.start}): write it in UTF-8") from None
     prompt = [int(token) for token in tokenizer.encode(text)]
-    model = load_model(checkpoint)
+    shape = model_config(checkpoint)
+    model = load_model(checkpoint, family_of(shape, given_family(arguments), arguments.source))
     how = Sampling(arguments.temperature, arguments.top_k, arguments.top_p)
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     sys.stdout.write(decoder.decode(text))
     sys.stdout.flush()
-    for token in generate(model, prompt, arguments.tokens, arguments.seed, how, tokenizer.vocab_size):
+    size = tokenizer.vocab_size
+    for token in generate(model, prompt, arguments.tokens, arguments.seed, how, shape.context_length, size):
         sys.stdout.write(decoder.decode(tokenizer.decode([token])))
         sys.stdout.flush()
     sys.stdout.write(decoder.decode(b"", True) + "\n")
@@ -78,3 +84,6 @@ def check(arguments: argparse.Namespace) -> None:
         raise UsageError(f"--temperature {arguments.temperature}: expected 0 or more")
     if not 0.0 < arguments.top_p <= 1.0:
         raise UsageError(f"--top-p {arguments.top_p}: expected more than 0 and at most 1")
+
+
+GENERATE = Command(SUMMARY, EXAMPLE, configure, run)

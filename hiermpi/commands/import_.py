@@ -3,6 +3,8 @@
 import argparse
 from pathlib import Path
 
+from hiermpi.commands import Command
+
 SUMMARY = "turn a GPT-2 folder of transformers, or an exported model, into a checkpoint"
 EXAMPLE = """\
 example:
@@ -35,3 +37,6 @@ def run(arguments: argparse.Namespace) -> int:
     if model.tokenizer.kind == "none":
         print(f"{'':14}(no tokenizer.json that hiermpi has: evaluation takes token ids as they are)")
     return 0
+
+
+IMPORT = Command(SUMMARY, EXAMPLE, configure, run)

@@ -4,6 +4,8 @@ import argparse
 import json
 from pathlib import Path
 
+from hiermpi.commands import Command
+
 SUMMARY = "tell what is in a dataset, a checkpoint or a run"
 EXAMPLE = """\
 example:
@@ -25,3 +27,6 @@ def run(arguments: argparse.Namespace) -> int:
     found = inspect(arguments.file)
     print(json.dumps(found) if arguments.json else describe(found))
     return 0
+
+
+INSPECT = Command(SUMMARY, EXAMPLE, configure, run)

@@ -5,6 +5,7 @@ import json
 import os
 from pathlib import Path
 
+from hiermpi.commands import Command
 from hiermpi.config.loading import add_config_arguments
 
 SUMMARY = "show the tree of ranks, who computes and what memory it takes, without MPI"
@@ -44,9 +45,8 @@ def run(arguments: argparse.Namespace) -> int:
     from hiermpi.hierarchy.topology import Topology
     from hiermpi.planning.cost import forecast
     from hiermpi.planning.drawing import describe
-    from hiermpi.planning.machine_file import read_machine
-    from hiermpi.planning.plan import plan
-    from hiermpi.planning.suggesting import suggest
+    from hiermpi.planning.machine import read_machine
+    from hiermpi.planning.plan import plan, suggest
 
     config = load_config(arguments, os.environ)
     if arguments.ranks < 1 or arguments.ranks_per_node < 0 or arguments.cores_per_node < 0:
@@ -83,3 +83,6 @@ def facts_of(data: Path) -> tuple[int, int]:
     kept = dataset.kept_bytes
     dataset.close()
     return dataset.vocab_size, kept
+
+
+PLAN = Command(SUMMARY, EXAMPLE, configure, run)

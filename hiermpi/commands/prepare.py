@@ -4,6 +4,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hiermpi.commands import Command
+
 if TYPE_CHECKING:
     from mpi4py import MPI
 
@@ -68,3 +70,6 @@ def run_together(arguments: argparse.Namespace, world: "MPI.Comm") -> int:
         encoder.close()
     agree(world, error, Waiter())
     return 0
+
+
+PREPARE = Command(SUMMARY, EXAMPLE, configure, run, run_together)

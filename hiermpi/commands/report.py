@@ -3,6 +3,8 @@
 import argparse
 from pathlib import Path
 
+from hiermpi.commands import Command
+
 SUMMARY = "tables and plots of one run, or of several side by side"
 EXAMPLE = """\
 example:
@@ -42,3 +44,6 @@ def run(arguments: argparse.Namespace) -> int:
         if not arguments.json:
             print("\n" + "\n".join(f"{'plot':14}{path}" for path in made))
     return 0
+
+
+REPORT = Command(SUMMARY, EXAMPLE, configure, run)

@@ -3,6 +3,8 @@
 import argparse
 from pathlib import Path
 
+from hiermpi.commands import Command
+
 SUMMARY = "tell whether datasets and checkpoints are whole, or runs equal; exit 1 if not"
 EXAMPLE = """\
 example:
@@ -60,7 +62,7 @@ def files_of(paths: list[Path]) -> list[Path]:
 def compare(paths: list[Path]) -> int:
     """Print the digest of each one's parameters; 1 if they differ."""
     from hiermpi.storage.checkpoint import parameters_digest
-    from hiermpi.training.loading import open_checkpoint
+    from hiermpi.training.opening import open_checkpoint
 
     found = []
     for path in paths:
@@ -72,3 +74,6 @@ def compare(paths: list[Path]) -> int:
         return 0
     print("different parameters" + (", at different steps" if len({step for _, step in found}) > 1 else ""))
     return 1
+
+
+VERIFY = Command(SUMMARY, EXAMPLE, configure, run)

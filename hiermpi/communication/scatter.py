@@ -1,74 +1,76 @@
-"""Give each rank the rows that it computes: down the tree, or in memory that all ranks share."""
+"""Data from the root to the ranks: the records that each one computes, and byte strings dealt out evenly."""
 
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import Protocol
 
 import numpy as np
 from mpi4py import MPI
 from numpy.typing import NDArray
 
+from hiermpi.communication.agreement import broadcast_object
 from hiermpi.communication.communicators import Communicators
-from hiermpi.communication.shared_memory import Gate, NodeMemory
-from hiermpi.hierarchy.topology import Role, Topology
-from hiermpi.kernels.memory import address_of, offsets_of
+from hiermpi.communication.node import NodeMemory
+from hiermpi.communication.waiting import Waiter
+from hiermpi.hierarchy.topology import Topology
+from hiermpi.kernels.gates import deal_records, gate_bytes, make_gate
+from hiermpi.kernels.memory import offsets_of
 
 
 def delivery_order(topology: Topology) -> NDArray[np.int64]:
-    """Ranks in the order in which their rows leave the root: itself, then group by group, control rank first."""
+    """Return the ranks in the order in which records leave the root: itself, then each group, its control rank first."""
     return np.array([0, *(rank for members in topology.groups for rank in members)])
 
 
 class Scatter(Protocol):
-    """Delivers to each rank the rows it computes."""
+    """Delivers to each rank the records it computes."""
 
-    def scatter(self, rows: NDArray[np.int32] | None, leaf: NDArray[np.int64] | None) -> NDArray[np.int32]:
-        """This rank's rows, in the order of the batch. Collective over the hierarchy.
+    def scatter(self, records: NDArray[np.int32] | None, leaf: NDArray[np.int64] | None) -> NDArray[np.int32]:
+        """Deliver a batch; return this rank's records in the order of the batch. Collective over the hierarchy.
 
         Args:
-            rows: at the root (B, width) the batch; elsewhere None.
-            leaf: at the root (B,) the rank that gets each row; elsewhere None.
+            records: The (B, width) batch at the root; None elsewhere.
+            leaf: The (B,) rank that gets each record, at the root; None elsewhere.
         """
 
 
-def make_scatter(comms: Communicators, width: int, rows: int, in_memory: bool) -> Scatter:
-    """The scatter for rows of ``width`` columns. Collective over the hierarchy.
+def make_scatter(comms: Communicators, width: int, usual: int, in_memory: bool) -> Scatter:
+    """Make the scatter for records of ``width`` columns. Collective over the hierarchy.
 
     Args:
-        comms: the hierarchy.
-        width: columns of a row.
-        rows: of a usual batch.
-        in_memory: whether the ranks of a node share memory; it is used where there is but one node.
+        comms: The hierarchy.
+        width: Columns of a record.
+        usual: Records of a usual batch.
+        in_memory: Whether the ranks of a node share memory; it is used where there is but one node.
     """
     if in_memory and comms.topology.n_nodes == 1:
-        return SharedScatter(comms, width, rows)
-    return BatchScatter(comms, width)
+        return SharedScatter(comms, width, usual)
+    return TreeScatter(comms, width)
 
 
 class SharedScatter:
-    """The root writes rows where all ranks of its node read them, ``capacity`` at a time, and waits for nobody.
+    """The root writes records where all ranks of its node read them, ``capacity`` at a time, and waits for nobody.
 
     Args:
-        comms: the hierarchy, on one node.
-        width: columns of a row.
-        capacity: rows that there is memory for, twice.
+        comms: The hierarchy, on one node.
+        width: Columns of a record.
+        capacity: Records that there is memory for, twice.
     """
 
     def __init__(self, comms: Communicators, width: int, capacity: int) -> None:
         self.comms = comms
         self.capacity = capacity
-        self.width = width
         size = comms.node.size
-        pieces = [Gate.nbytes(1), *[Gate.nbytes(size)] * 2, *[8 * (size + 1)] * 2, *[4 * capacity * width] * 2]
+        pieces = [gate_bytes(1), *[gate_bytes(size)] * 2, *[8 * (size + 1)] * 2, *[4 * capacity * width] * 2]
         *offsets, end = offsets_of(*pieces)
         memory = NodeMemory(comms.node, end, comms.waiter)
-        self._ready = Gate(memory, offsets[0], [0], comms.waiter)
-        self._taken = [Gate(memory, offset, range(size), comms.waiter) for offset in offsets[1:3]]
+        self._ready = make_gate(memory, offsets[0], [0], comms.waiter)
+        self._taken = [make_gate(memory, offset, range(size), comms.waiter) for offset in offsets[1:3]]
         self._bounds = [memory.array(offset, (size + 1,), np.int64) for offset in offsets[3:5]]
-        self._rows = [memory.array(offset, (capacity, width), np.int32) for offset in offsets[5:]]
-        self._next = np.empty(size, np.int64)
-        self._library = memory.library
+        self._records = [memory.array(offset, (capacity, width), np.int32) for offset in offsets[5:]]
         self._turn = 0
 
-    def scatter(self, rows: NDArray[np.int32] | None, leaf: NDArray[np.int64] | None) -> NDArray[np.int32]:
+    def scatter(self, records: NDArray[np.int32] | None, leaf: NDArray[np.int64] | None) -> NDArray[np.int32]:
         """See :meth:`Scatter.scatter`."""
         rank, capacity = self.comms.rank, self.capacity
         mine: list[NDArray[np.int32]] = []
@@ -76,10 +78,10 @@ class SharedScatter:
         while first < total:
             # Two sets take turns: the root writes one again when all have taken what was there.
             self._turn = 1 - self._turn
-            bounds, room, taken = self._bounds[self._turn], self._rows[self._turn], self._taken[self._turn]
-            if rows is not None and leaf is not None:
+            bounds, room, taken = self._bounds[self._turn], self._records[self._turn], self._taken[self._turn]
+            if records is not None and leaf is not None:
                 taken.wait()
-                self._write(bounds, room, rows, leaf, first)
+                deal_records(room, bounds, records, leaf, first)
             self._ready.arrive()
             self._ready.wait()
             total = int(bounds[-1])
@@ -90,61 +92,78 @@ class SharedScatter:
             first += capacity
         return mine[0] if len(mine) == 1 else np.concatenate(mine)
 
-    def _write(
-        self, bounds: NDArray[np.int64], room: NDArray[np.int32], rows: NDArray[np.int32], leaf: NDArray, first: int
-    ) -> None:
-        """Where each rank's rows are, and those from ``first`` on that there is room for, in the order of the ranks."""
-        n, size, library = len(rows), self.comms.size, self._library
-        if library is not None and n <= self.capacity:
-            rows, leaf = np.ascontiguousarray(rows, np.int32), np.ascontiguousarray(leaf, np.int64)
-            arrays = (room, bounds, rows, leaf, self._next)
-            library.deal_rows(*(address_of(array) for array in arrays), n, 4 * self.width, size)
-            return
-        bounds[0] = 0
-        np.cumsum(np.bincount(leaf, minlength=size), out=bounds[1:])
-        part = np.argsort(leaf, kind="stable")[first : first + self.capacity]
-        np.take(rows, part, axis=0, out=room[: len(part)])
 
-
-class BatchScatter:
-    """Root to control ranks, control ranks to their workers.
+class TreeScatter:
+    """Sends records from the root to control ranks, and from these to their workers.
 
     Args:
-        comms: the hierarchy.
-        width: columns of a row.
+        comms: The hierarchy.
+        width: Columns of a record.
     """
 
     def __init__(self, comms: Communicators, width: int) -> None:
         self.comms = comms
         self.width = width
         topology = comms.topology
-        self._order = delivery_order(topology)
-        self._place = np.empty(topology.size, np.int64)
-        self._place[self._order] = np.arange(topology.size)
+        self._position = np.empty(topology.size, np.int64)
+        self._position[delivery_order(topology)] = np.arange(topology.size)
 
-    def scatter(self, rows: NDArray[np.int32] | None, leaf: NDArray[np.int64] | None) -> NDArray[np.int32]:
+    def scatter(self, records: NDArray[np.int32] | None, leaf: NDArray[np.int64] | None) -> NDArray[np.int32]:
         """See :meth:`Scatter.scatter`."""
         comms = self.comms
         counts = np.zeros(comms.size, np.int32)
         mine = np.empty((0, self.width), np.int32)
-        if rows is not None and leaf is not None:
+        if records is not None and leaf is not None:
             counts[:] = np.bincount(leaf, minlength=comms.size)
-            mine = rows[np.argsort(self._place[leaf], kind="stable")]
+            mine = records[np.argsort(self._position[leaf], kind="stable")]
         for comm in comms.levels_down():
             comms.waiter.wait(comm.Ibcast(counts))
-        if comms.control != MPI.COMM_NULL:
+        if comms.in_control:
             members = [(0,), *comms.topology.groups]
             mine = self._scatter_level(comms.control, mine, [int(counts[list(ranks)].sum()) for ranks in members])
-        if comms.role is not Role.ROOT:
+        if comms.in_group:
             members_below = comms.topology.groups[comms.group_index]
             mine = self._scatter_level(comms.group, mine, [int(counts[rank]) for rank in members_below])
         return mine
 
-    def _scatter_level(self, comm: MPI.Comm, rows: NDArray[np.int32], counts: list[int]) -> NDArray[np.int32]:
+    def _scatter_level(self, comm: MPI.Comm, records: NDArray[np.int32], counts: list[int]) -> NDArray[np.int32]:
         received = np.empty((counts[comm.rank], self.width), np.int32)
         if max(counts) * self.width * len(counts) < 2**31:
             sizes = [count * self.width for count in counts]
-            send = [rows, (sizes, list(np.cumsum([0, *sizes[:-1]])))] if comm.rank == 0 else None
+            send = [records, (sizes, list(np.cumsum([0, *sizes[:-1]])))] if comm.rank == 0 else None
             self.comms.waiter.wait(comm.Iscatterv(send, received))
             return received
         raise ValueError(f"a batch of {sum(counts)} sequences of {self.width} columns is too large for one message")
+
+
+def deal_texts(comm: MPI.Comm, texts: Sequence[bytes] | None, waiter: Waiter) -> list[bytes] | None:
+    """Give each rank its share of rank 0's ``texts``: consecutive ones, about equal bytes each. Collective.
+
+    Args:
+        comm: The ranks that take part.
+        texts: The texts at rank 0; None elsewhere.
+        waiter: What does the waiting.
+
+    Returns:
+        None on every rank where rank 0 gave None.
+    """
+    lengths: list[int] | None = broadcast_object(comm, [len(t) for t in texts] if texts is not None else None, waiter)
+    if lengths is None:
+        return None
+    owner = owners(lengths, comm.size)
+    counts = np.bincount(owner, weights=lengths, minlength=comm.size).astype(np.int64)
+    mine = np.empty(int(counts[comm.rank]), np.uint8)
+    send = None
+    if texts is not None:
+        everything = np.frombuffer(b"".join(texts), np.uint8)
+        send = [everything, (counts, np.cumsum(counts) - counts)]
+    waiter.wait(comm.Iscatterv(send, mine))
+    ends = np.cumsum([0, *(length for length, rank in zip(lengths, owner, strict=True) if rank == comm.rank)])
+    return [mine[a:b].tobytes() for a, b in pairwise(ends)]
+
+
+def owners(lengths: Sequence[int], size: int) -> NDArray[np.int64]:
+    """Return the rank of each text: by where its middle stands in all the bytes."""
+    ends = np.cumsum(lengths)
+    middles = ends - np.asarray(lengths) / 2
+    return np.minimum(middles * size // max(int(ends[-1]) if len(ends) else 0, 1), size - 1).astype(np.int64)

@@ -16,12 +16,13 @@ from numpy.typing import NDArray
 
 from hiermpi.communication.agreement import agreed
 from hiermpi.communication.communicators import Communicators
+from hiermpi.communication.node import NodeMemory, shared_memory_usable
 from hiermpi.communication.reduction import Reduction, Vectors, broadcast_spans, private_state
-from hiermpi.communication.shared_memory import Gate, Mailboxes, NodeMemory, shared_memory_usable
 from hiermpi.communication.tree_reduction import reduce_spans
 from hiermpi.errors import UserError
 from hiermpi.hierarchy.ownership import Ownership, Span, lanes, owners_here, spans_of, summing
 from hiermpi.kernels import load_kernels
+from hiermpi.kernels.gates import gate_bytes, mailbox_bytes, make_gate, make_mailboxes
 from hiermpi.kernels.memory import lazy_zeros, offsets_of, round_up
 
 EXCHANGED_ROWS = 2
@@ -58,21 +59,21 @@ class SharedReduction(Reduction):
         self._slices = [span for span in spans_of(ownership.bounds, self._summed_by) if span.owner == node.rank]
         members, summers = range(node.size), places_in(self._summed_by)
         *offsets, end = offsets_of(
-            *(Gate.nbytes(len(some)) for some in (members, members, summers)),
-            *[Mailboxes.nbytes(node.size)] * 2,
+            *(gate_bytes(len(some)) for some in (members, members, summers)),
+            *[mailbox_bytes(node.size)] * 2,
             4 * stride * vectors.slots,
             dtype.itemsize * stride,
             dtype.itemsize * stride * n_buffers,
         )
         memory = NodeMemory(node, end, comms.waiter)
-        self._all = Gate(memory, offsets[0], members, comms.waiter)
+        self._all = make_gate(memory, offsets[0], members, comms.waiter)
         """All ranks are done with what came before."""
-        self._computed = Gate(memory, offsets[1], members, comms.waiter)
+        self._computed = make_gate(memory, offsets[1], members, comms.waiter)
         """All ranks have their gradients."""
-        self._summed = Gate(memory, offsets[2], summers, comms.waiter)
+        self._summed = make_gate(memory, offsets[2], summers, comms.waiter)
         """All who sum something have done so."""
-        self._sums = Mailboxes(memory, offsets[3], self._computed)
-        self._verdicts = Mailboxes(memory, offsets[4], self._all, teller=teller)
+        self._sums = make_mailboxes(memory, offsets[3], self._computed)
+        self._verdicts = make_mailboxes(memory, offsets[4], self._all, teller=teller)
         self._parameters = memory.array(offsets[5], (vectors.slots, stride), np.float32)[:, :size]
         self._total = memory.array(offsets[6], (stride,), dtype)
         self._sum = self._total[:size]
@@ -130,9 +131,9 @@ class OneNodeReduction(SharedReduction):
         self.decides = len(self._blocks) > 0
         self._waits_for_sums = self.decides or bool(self._slices)
         n_blocks = len(ownership.owners)
-        *offsets, end = offsets_of(Gate.nbytes(len(owners)), 8 * EXCHANGED_ROWS * n_blocks)
+        *offsets, end = offsets_of(gate_bytes(len(owners)), 8 * EXCHANGED_ROWS * n_blocks)
         memory = NodeMemory(comms.node, end, comms.waiter)
-        self._owners = Gate(memory, offsets[0], owners, comms.waiter)
+        self._owners = make_gate(memory, offsets[0], owners, comms.waiter)
         self._exchanged = memory.array(offsets[1], (EXCHANGED_ROWS, n_blocks), np.float64)
 
     def reduce(self, sums: NDArray[np.float64], gradients: NDArray) -> NDArray:

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from hiermpi.config.schema import ModelConfig
 from hiermpi.data.tokenizers import Tokenizer
 from hiermpi.errors import UserError
-from hiermpi.model.transformer import transformer_specs
+from hiermpi.model.contract import load_family, specs_of
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Exchanged:
 def fitted(config: ModelConfig, found: dict[str, NDArray], source: str) -> dict[str, NDArray[np.float32]]:
     """The tensors of the model's shape among ``found``, as float32. Raises UserError."""
     tensors = {}
-    for spec in transformer_specs(config):
+    for spec in specs_of(load_family(config.family), config):
         if spec.name not in found:
             raise UserError(f"{source}: the tensor {spec.name} is missing: this is not a whole model of this shape")
         tensor = found[spec.name]

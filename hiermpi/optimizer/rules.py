@@ -48,7 +48,7 @@ class Values(NamedTuple):
 class Hyper(NamedTuple):
     """The numbers of one update."""
 
-    count: int
+    count: int  # type: ignore[assignment]
     """Updates applied, this one included: Adam's t."""
     learning_rate: float
     scale: float
@@ -99,8 +99,9 @@ def load_rule(choice: Any) -> Rule:
     if not callable(getattr(rule, "update", None)):
         raise PluginError(f"optimizer.rule = {choice}: it has no method update")
     state = getattr(rule, "state", None)
-    good = isinstance(state, tuple) and all(isinstance(name, str) and name.isidentifier() for name in state)
-    if not good or len(set(state)) < len(state):
+    names = state if isinstance(state, tuple) else None
+    good = names is not None and all(isinstance(name, str) and name.isidentifier() for name in names)
+    if names is None or not good or len(set(names)) < len(names):
         raise PluginError(
             f"optimizer.rule = {choice}: its `state` must be a tuple of distinct names, such as ('momentum',), not {state!r}"
         )

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from hiermpi.config.schema import Config
 from hiermpi.kernels import load_kernels
 from hiermpi.kernels.memory import lazy_zeros
+from hiermpi.model.contract import micro_batch_sequences
 
 UNIT_EXPONENT = -40
 UNIT = 2.0**UNIT_EXPONENT
@@ -35,6 +36,12 @@ def unit_sequences(config: Config) -> int:
         return config.train.micro_batch_size
     by_tokens = AUTOMATIC_UNIT_TOKENS // config.model.context_length
     return max(1, min(by_tokens, -(-config.train.batch_size // FEWEST_UNITS)))
+
+
+def sequences_at_once(config: Config) -> int:
+    """Return how many sequences a leaf computes at once: a micro-batch, or a unit where units are added up."""
+    micro_batch = micro_batch_sequences(config.model, config.train.micro_batch_size)
+    return min(unit_sequences(config), micro_batch) if config.hierarchy.reproducible else micro_batch
 
 
 def routed_together(config: Config) -> int:

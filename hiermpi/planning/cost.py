@@ -7,93 +7,24 @@ nodes are taken to cost what they cost inside the node that was measured: on a s
 
 import dataclasses
 import heapq
-import json
 from collections.abc import Callable
 from math import ceil, log2
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from hiermpi.config.schema import Config, ModelConfig
 from hiermpi.hierarchy.topology import Topology, compute_slots
+from hiermpi.model.contract import load_family, specs_of
 from hiermpi.model.parameters import ParameterLayout
-from hiermpi.model.transformer import flops_per_token, transformer_specs
-from hiermpi.model.workspace import micro_batch_sequences
-from hiermpi.optimizer.sums import unit_sequences
-from hiermpi.planning.memory import shares_memory
-from hiermpi.planning.owners import owned_elements, planned_ownership
+from hiermpi.optimizer.sums import sequences_at_once, summed_type
+from hiermpi.planning.machine import Machine
+from hiermpi.planning.memory import owned_elements, planned_ownership, shares_memory
 
 MOST_SEQUENCES = 4096
 """Per leaf, up to which thresholds are looked for."""
 UTILISATION = 0.95
 ROOT_TO_WORKER = 40.0
-
-
-class Line(NamedTuple):
-    """Seconds of a sum and a broadcast: ``latency + bytes / rate``."""
-
-    latency: float
-    rate: float
-    """Bytes that cross between ranks, up and down, a second."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Machine:
-    """What was measured of one node."""
-
-    host: str
-    date: str
-    cores: int
-    """Usable ones of a node."""
-    ranks: int
-    """With which it was measured."""
-    token_flops: float
-    """Of a token of the model that was measured, see :func:`hiermpi.model.transformer.flops_per_token`."""
-    token_seconds: float
-    """Of computing a token of it on one core, all cores being busy."""
-    call_seconds: float
-    """Of a micro-batch besides its tokens."""
-    sum_rate: float
-    """Bytes a second that the node's cores together read and write in summing gradients in memory."""
-    optimize_seconds: float
-    """Of norm and AdamW per parameter on one core."""
-    batch_seconds: float
-    """Of the root's preparing a sequence."""
-    overhead_seconds: float
-    """Of a step besides all this."""
-    crowded_overhead_seconds: float
-    """More of it for each rank, on one core, where ranks share cores and take turns."""
-    root_seconds: float
-    """CPU of the root a step for everything but computing and preparing sequences, at ``ranks``."""
-    tree: Line
-    flat: Line
-
-    def to_json(self) -> str:
-        """As a JSON object."""
-        return json.dumps(dataclasses.asdict(self) | {"tree": self.tree, "flat": self.flat}, indent=1) + "\n"
-
-
-def machine_from_json(text: str | bytes) -> Machine:
-    """A machine as :meth:`Machine.to_json` wrote it. Raises ValueError that names what is wrong."""
-    found = json.loads(text)
-    if not isinstance(found, dict):
-        raise ValueError("it is not a JSON object")
-    values: dict[str, Any] = {}
-    for field in dataclasses.fields(Machine):
-        value = found.get(field.name)
-        if field.type is Line:
-            if not (isinstance(value, list) and len(value) == 2 and all(_is_amount(x) for x in value)):
-                raise ValueError(f"{field.name} is not two numbers")
-            values[field.name] = Line(*value)
-        elif field.type is str:
-            values[field.name] = str(value)
-        elif not isinstance(value, int | float) or not _is_amount(value) or (field.type is int and value < 1):
-            raise ValueError(f"{field.name} is not a positive number")
-        else:
-            values[field.name] = value
-    return Machine(**values)
-
-
-def _is_amount(value: object) -> bool:
-    return isinstance(value, int | float) and 0 <= value < float("inf")
 
 
 class Prediction(NamedTuple):
@@ -120,7 +51,7 @@ def predict(machine: Machine, topology: Topology, config: Config, model: ModelCo
         config: resolved.
         model: with the vocabulary size.
     """
-    layout = ParameterLayout(transformer_specs(model))
+    layout = ParameterLayout(specs_of(load_family(model.family), model))
     batch, leaves, cores = config.train.batch_size, topology.n_leaves, machine.cores
     nodes = topology.ranks_of_node
     ranks, computing = max(map(len, nodes)), max(topology.leaves_of_node)
@@ -169,12 +100,15 @@ def _in_turns(seconds: list[float], cores: int) -> float:
 
 def leaf_seconds(machine: Machine, config: Config, model: ModelConfig, sequences: float) -> float:
     """Seconds that a core computes on ``sequences``."""
-    together = micro_batch_sequences(model, config.train.micro_batch_size)
-    if config.hierarchy.reproducible:
-        together = unit_sequences(config)
-    calls = max(1.0, sequences / together) if sequences else 0.0
-    seconds = machine.token_seconds * flops_per_token(model) / machine.token_flops
+    calls = max(1.0, sequences / sequences_at_once(config)) if sequences else 0.0
+    seconds = machine.token_seconds * token_flops(model) / machine.token_flops
     return calls * machine.call_seconds + sequences * model.context_length * seconds
+
+
+def token_flops(model: ModelConfig) -> float:
+    """The operations of a token, as the model's family counts them; 0 where it does not."""
+    counted = getattr(load_family(model.family), "flops_per_token", None)
+    return counted(model) if counted else 0.0
 
 
 def _sum_seconds(
@@ -182,7 +116,7 @@ def _sum_seconds(
 ) -> float:
     if topology.size == 1:
         return 0.0
-    width = 2 if config.hierarchy.reproducible else 1
+    width = np.dtype(summed_type(config)).itemsize // 4
     crossing = vector_bytes * (width + 1) / 2
     if not shares_memory(topology, config):
         line = machine.flat if config.hierarchy.reduction == "flat" else machine.tree
@@ -222,8 +156,10 @@ def fewest_tokens(
 
 
 def forecast(machine: Machine, topology: Topology, config: Config, vocab_size: int) -> dict[str, Any]:
-    """What ``plan`` prints of a prediction, as plain data."""
+    """What ``plan`` prints of a prediction, as plain data; empty where the model's family counts no operations."""
     model = dataclasses.replace(config.model, vocab_size=vocab_size)
+    if not token_flops(model) or not machine.token_flops:
+        return {}
     found = predict(machine, topology, config, model)
     single = predict(machine, Topology(1, topology.symmetry_order), config, model)
     return {

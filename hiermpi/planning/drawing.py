@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from hiermpi.planning.suggesting import Suggestion
+from hiermpi.planning.plan import Suggestion
 
 MOST_GLYPHS = 24
 LABEL = 22
@@ -59,7 +59,7 @@ def figure_lines(planned: dict[str, Any]) -> list[str]:
     load, memory, moved = planned["sequences_per_leaf"], planned["memory_bytes"], planned["bytes_per_step"]
     spread = f"{load['most']}" if load["least"] == load["most"] else f"{load['least']} to {load['most']}"
     lines = [
-        f"{'parameters':{LABEL}}{planned['parameters']:,} (vocabulary {planned['vocab_size']:,})",
+        f"{'parameters':{LABEL}}{planned['parameters']:,} ({planned['family']}, vocabulary {planned['vocab_size']:,})",
         f"{'batch':{LABEL}}{planned['batch_size']} sequences, {planned['tokens_per_step']:,} tokens a step",
         f"{'sequences per leaf':{LABEL}}{spread}"
         + ("" if load["least"] else "  (some leaves have nothing to do: raise train.batch_size)"),
@@ -67,7 +67,8 @@ def figure_lines(planned: dict[str, Any]) -> list[str]:
         f"{'memory per rank':{LABEL}}root {size(memory['root'])}"
         + (f", control {size(memory['control'])}" if planned["controls"] else "")
         + (f", worker {size(memory['worker'])}" if planned["workers"] else "")
-        + f"; root while it saves {size(memory['root_while_saving'])}",
+        + f"; root while it saves {size(memory['root_while_saving'])}"
+        + ("; without activations" if "workspace_bytes" in planned["not_given"] else ""),
         f"{'memory per node':{LABEL}}{size(memory['node'])}"
         + ("" if planned["nodes"] == 1 else " on the fullest")
         + (" (one copy of the parameters)" if planned["shared_memory"] else ""),
@@ -100,6 +101,8 @@ def owners_text(planned: dict[str, Any]) -> str:
 def prediction_lines(planned: dict[str, Any]) -> list[str]:
     """What a step will take, or how to get to know it."""
     found = planned.get("prediction")
+    if "flops_per_token" in planned["not_given"]:
+        return [f"{'a step takes':{LABEL}}not known: {planned['family']} does not give flops_per_token"]
     if not found:
         return [f"{'a step takes':{LABEL}}not known: run mpirun -n {planned['ranks']} hiermpi bench reduce on a node"]
     phases = ", ".join(f"{name} {milliseconds(found[name])}" for name in ("compute", "reduce", "optimize", "other"))

@@ -8,15 +8,15 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hiermpi.config.schema import Config, ModelConfig
+from hiermpi.config.schema import Config, ModelConfig, listed
 from hiermpi.hierarchy.ownership import Ownership, summing
 from hiermpi.hierarchy.topology import Role, Topology, compute_slots
-from hiermpi.model.parameters import ParameterLayout
-from hiermpi.model.transformer import transformer_specs
-from hiermpi.model.workspace import activation_bytes, micro_batch_sequences
-from hiermpi.optimizer.slots import slots_of
-from hiermpi.optimizer.sums import unit_sequences
-from hiermpi.planning.owners import owned_elements, planned_ownership
+from hiermpi.model.contract import load_family, specs_of
+from hiermpi.model.parameters import ParameterLayout, SymmetryTable, symmetry_groups
+from hiermpi.optimizer.rules import load_rule
+from hiermpi.optimizer.sums import sequences_at_once, summed_type
+from hiermpi.optimizer.update import ownership_of, slots_of
+from hiermpi.registry import REDUCTIONS, SHARING_REDUCTIONS, is_outside
 
 PROCESS_BYTES = 27_200_000
 """What the interpreter, numpy and MPI of a rank have to themselves."""
@@ -54,27 +54,26 @@ def memory_of(
         data_bytes: tokens that the root keeps in memory.
         cores: of a node.
     """
-    layout = ParameterLayout(transformer_specs(model))
+    layout = ParameterLayout(specs_of(load_family(model.family), model))
     vector = 4 * layout.size
     ownership = planned_ownership(topology, config, model)
     owned = owned_elements(ownership)
     batch, leaves = config.train.batch_size, topology.n_leaves
     most = -(-batch // leaves)
     roots = max(0, batch - most * (leaves - 1)) if config.hierarchy.routing == "balanced" or leaves == 1 else 0
-    if config.hierarchy.reproducible:
-        most, roots = (min(n, unit_sequences(config)) for n in (most, roots))
     activations = {
-        n: activations_of(model, min(n, micro_batch_sequences(model, config.train.micro_batch_size)))
+        n: activations_of(model, min(n, sequences_at_once(config)))
         for n in {0, most, roots}
     }
     shared, slots = shares_memory(topology, config), slots_of(config)
+    vectors_of_state = len(load_rule(config.optimizer.rule).state)
     parameters = slots * vector
-    # Sums in fixed point are twice as long, and the gradient of a unit stands beside them.
-    sums, unit = (2 * vector, vector) if config.hierarchy.reproducible else (vector, 0)
+    sums = np.dtype(summed_type(config)).itemsize * layout.size
+    unit = vector if sums > vector else 0  # the gradient of a unit stands beside sums in fixed point
     summed = summed_parts(topology, ownership, sums // layout.size, cores) if shared else []
     cores_of_slots = max(1, cores // config.run.threads_per_rank)
     computing = [compute_slots(leaves, cores_of_slots) for leaves in topology.leaves_of_node]
-    messages = topology.size > 1 and not shared and config.hierarchy.reduction != "flat"
+    messages = topology.size > 1 and not shared and sends_vectors(config)
 
     def vectors(rank: int) -> int:
         """Gradient, sum and parameters. Pages that several ranks touch are theirs in equal parts."""
@@ -97,7 +96,7 @@ def memory_of(
     def of(rank: int) -> int:
         process = PROCESS_BYTES + LIBRARY_BYTES // len(topology.ranks_of_node[topology.nodes[rank]])
         root = ROOT_BYTES + data_bytes if rank == 0 else 0
-        moments = 8 * slots * owned.get(rank, 0)
+        moments = 4 * vectors_of_state * slots * owned.get(rank, 0)
         exchanged = MESSAGE_BYTES if messages and topology.role(rank) is not Role.WORKER else 0
         return process + root + vectors(rank) + moments + workspace(rank) + exchanged
 
@@ -110,8 +109,9 @@ def memory_of(
 
 
 def activations_of(model: ModelConfig, sequences: int) -> int:
-    """Bytes of the buffers of a leaf that computes ``sequences`` at once; none where it never computes."""
-    return activation_bytes(model, sequences) if sequences else 0
+    """Bytes of a leaf that computes ``sequences`` at once; none where it never computes, or the family does not say."""
+    counted = getattr(load_family(model.family), "workspace_bytes", None)
+    return counted(model, sequences) if sequences and counted else 0
 
 
 def summed_parts(topology: Topology, ownership: Ownership, width: int, cores: int) -> list[float]:
@@ -126,6 +126,39 @@ def summed_parts(topology: Topology, ownership: Ownership, width: int, cores: in
 
 
 def shares_memory(topology: Topology, config: Config) -> bool:
-    """Whether gradients and parameters lie in memory that the ranks of a node share."""
-    chosen = config.hierarchy.reduction
-    return chosen == "shared" or (chosen == "auto" and topology.n_nodes < topology.size)
+    """Whether gradients and parameters lie in memory that the ranks of a node share.
+
+    A choice by time is taken to choose a reduction that shares memory, where one is named and there is something to
+    share.
+    """
+    names = listed(config.hierarchy.reduction)
+    named = [name for entry in names for name in (REDUCTIONS if entry == "auto" else [entry])]
+    sharing = [name for name in named if name in SHARING_REDUCTIONS]
+    return bool(sharing) and (len(named) == 1 or topology.n_nodes < topology.size)
+
+
+def sends_vectors(config: Config) -> bool:
+    """Whether ranks keep room for messages of whole vectors: all reductions but one library call do."""
+    return config.hierarchy.reduction != "flat" and not is_outside(config.hierarchy.reduction)
+
+
+def planned_ownership(topology: Topology, config: Config, model: ModelConfig) -> Ownership:
+    """The ownership under ``optimizer.placement``, the tokens' classes being their ids modulo the order.
+
+    Args:
+        topology: the ranks.
+        config: resolved.
+        model: with the vocabulary size.
+    """
+    groups = symmetry_groups(None, model.vocab_size, model.symmetry_order)
+    class_bounds = SymmetryTable(groups, model.symmetry_order).class_bounds
+    layout = ParameterLayout(specs_of(load_family(model.family), model))
+    return ownership_of(config, topology, layout, class_bounds, load_rule(config.optimizer.rule))
+
+
+def owned_elements(ownership: Ownership) -> dict[int, int]:
+    """{world rank: elements of the vector that it owns} of every possible owner."""
+    owned = dict.fromkeys(ownership.ranks, 0)
+    for start, stop, owner in ownership.spans:
+        owned[ownership.ranks[owner]] += stop - start
+    return owned

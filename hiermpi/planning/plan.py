@@ -1,14 +1,20 @@
 """Roles, loads, memory and bytes per step as plain data."""
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 from hiermpi.config.schema import Config
 from hiermpi.hierarchy.topology import Role, Topology
+from hiermpi.model.contract import load_family, specs_of
 from hiermpi.model.parameters import ParameterLayout
-from hiermpi.model.transformer import transformer_specs
-from hiermpi.planning.memory import memory_of, shares_memory
-from hiermpi.planning.owners import owned_elements, planned_ownership
+from hiermpi.planning.memory import memory_of, owned_elements, planned_ownership, shares_memory
+
+FEWEST_TOKENS = 512
+"""Per leaf and step: below, the products are too small and the exchange weighs too much."""
+FIGURES = ("flops_per_token", "workspace_bytes")
+"""What a family may say of itself, for figures of the plan."""
+MOST_TOKENS = 2048
+"""Per leaf and step that are suggested: above, there is little left to gain."""
 
 
 def plan(
@@ -24,7 +30,8 @@ def plan(
         cores: of a node.
     """
     model = dataclasses.replace(config.model, vocab_size=vocab_size)
-    specs = transformer_specs(model)
+    family = load_family(model.family)
+    specs = specs_of(family, model)
     vector_bytes = 4 * ParameterLayout(specs).size
     n_leaves = topology.n_leaves
     roles = [topology.role(rank) for rank in range(topology.size)]
@@ -55,6 +62,8 @@ def plan(
         "root_computes": topology.is_leaf(0),
         "parameters": sum(spec.size for spec in specs),
         "vocab_size": vocab_size,
+        "family": model.family,
+        "not_given": [name for name in FIGURES if not hasattr(family, name)],
         "batch_size": config.train.batch_size,
         "sequences_per_leaf": {
             "least": config.train.batch_size // n_leaves,
@@ -92,3 +101,40 @@ def bytes_per_step(topology: Topology, vector_bytes: int, shared: bool) -> dict[
         "group_up": vector_bytes * workers,
         "group_down": vector_bytes * workers,
     }
+
+
+class Suggestion(NamedTuple):
+    """A setting, its value, and why."""
+
+    setting: str
+    value: int
+    why: str
+
+
+def suggest(topology: Topology, config: Config, planned: dict[str, Any], cores: int) -> list[Suggestion]:
+    """Settings for these ranks.
+
+    Args:
+        topology: the ranks.
+        config: resolved.
+        planned: see :func:`plan`.
+        cores: of a node.
+    """
+    length, leaves = config.model.context_length, topology.n_leaves
+    fewest, most = -(-FEWEST_TOKENS // length), max(1, MOST_TOKENS // length)
+    each = min(max(round(config.train.batch_size / leaves), fewest), max(most, fewest))
+    batch = each * leaves
+    crowded = max(sum(node == other for other in topology.nodes) for node in range(topology.n_nodes))
+    threads = max(1, cores // crowded)
+    why = f"{each} sequences, {each * length:,} tokens, for each of {leaves} leaves"
+    if config.train.batch_size < leaves:
+        why += f" ({config.train.batch_size} feeds only {config.train.batch_size} of them)"
+    elif config.train.batch_size % leaves:
+        why += f" ({config.train.batch_size} does not divide evenly)"
+    found = [Suggestion("train.batch_size", batch, why)]
+    what = f"{crowded} ranks share a node's {cores} cores"
+    if threads > 1:
+        what += ": more ranks of one thread are faster while the batch can feed them"
+    elif crowded > cores:
+        what += f": start at most {cores} on a node"
+    return [*found, Suggestion("run.threads_per_rank", threads, what)]

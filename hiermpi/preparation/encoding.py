@@ -52,7 +52,7 @@ class TeamEncoder(Encoder):
         return ids
 
     def close(self) -> None:
-        from hiermpi.communication.team import deal_texts
+        from hiermpi.communication.scatter import deal_texts
 
         deal_texts(self.world, None, self._waiter)
 
@@ -65,7 +65,7 @@ class TeamEncoder(Encoder):
     def _round(self, texts: Sequence[bytes] | None, described: str) -> NDArray[np.uint32] | None:
         """One collective exchange; an error of any rank is raised at rank 0 when all are through it."""
         from hiermpi.communication.agreement import broadcast_object, gather_arrays, gather_objects
-        from hiermpi.communication.team import deal_texts
+        from hiermpi.communication.scatter import deal_texts
 
         mine = deal_texts(self.world, texts, self._waiter)
         if mine is None:

@@ -15,16 +15,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hiermpi.communication.agreement import agreed, gather_objects
+from hiermpi.communication.autotune import make_reduction
 from hiermpi.communication.communicators import Communicators
-from hiermpi.communication.compute_slots import ComputeSlots, make_compute_slots
-from hiermpi.communication.reduction import Reduction, Vectors, hand_down, make_reduction
+from hiermpi.communication.node import ComputeSlots, make_compute_slots
+from hiermpi.communication.reduction import Reduction, Vectors, hand_down
 from hiermpi.communication.scatter import Scatter, make_scatter
 from hiermpi.config.schema import Config
-from hiermpi.data.sequences import ID_COLUMNS, Sampler
+from hiermpi.data.sequences import Sampler
 from hiermpi.errors import UserError
 from hiermpi.hierarchy.ownership import Ownership
 from hiermpi.hierarchy.routing import Router
 from hiermpi.kernels import load_kernels
+from hiermpi.kernels.loops import ID_COLUMNS
 from hiermpi.model.contract import Family, Model, load_family, make_model, micro_batch_sequences, specs_of
 from hiermpi.model.parameters import ParameterBuffer, ParameterLayout, SymmetryTable, symmetry_groups
 from hiermpi.optimizer.rules import Rule, load_rule, load_schedule
@@ -69,6 +71,8 @@ class Rank:
     """The routing rule, or its name."""
     ownership: Ownership
     reduction: Reduction
+    reduction_name: str
+    """What the setting calls the reduction."""
     timed: Mapping[str, float]
     """The seconds of each reduction, where one was chosen by time."""
     model: Model
@@ -175,6 +179,7 @@ def assemble(
         choices.routing or config.hierarchy.routing,
         ownership,
         reduction,
+        chosen.name,
         chosen.seconds,
         model,
         outside_name(choices.family, config.model.family),

@@ -6,9 +6,9 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-from hiermpi.data.rows import RowReader, pack_rows, unpack_rows
-from hiermpi.data.sampling import Draw, Sampler, evaluation_windows
-from hiermpi.hierarchy.routing import Router, Routing
+from hiermpi.data.sequences import Draw, RecordReader, Sampler, evaluation_windows, pack_records, unpack_records
+from hiermpi.hierarchy.routing import Router
+from hiermpi.kernels.loops import Dealt
 from hiermpi.model.contract import IGNORED_TARGET, Batch
 
 LEARNED_FROM = 512
@@ -40,8 +40,8 @@ class PreparedBatch:
     cursor: int
     """Of the sampler, before this batch."""
     next_cursor: int
-    rows: NDArray[np.int32]
-    routing: Routing
+    records: NDArray[np.int32]
+    dealt: Dealt
 
 
 class BatchSource:
@@ -72,7 +72,7 @@ class BatchSource:
         kept = tokens.in_memory("train") if isinstance(tokens, KeptTokens) else None
         self._reader, self._length = None, sampler.context_length + 1
         if kept is not None:
-            self._reader = RowReader(kept, self._length, self.row_of_token, router.group_of_token, router.n_bins)
+            self._reader = RecordReader(kept, self._length, self.row_of_token, router.group_of_token, router.n_bins)
         if router.learns:
             router.learn(self._first_counts())
 
@@ -86,15 +86,15 @@ class BatchSource:
         """Have the batch at ``cursor`` ready."""
         if self._ready is not None and self._ready.cursor == cursor:
             return
-        rows, counts = self._read(self.sampler.draw(cursor, self.batch_size))
-        self._ready = PreparedBatch(cursor, cursor + len(rows), rows, self.router.route_counts(counts))
+        records, counts = self._read(self.sampler.draw(cursor, self.batch_size))
+        self._ready = PreparedBatch(cursor, cursor + len(records), records, self.router.route_counts(counts))
 
     def _read(self, drawn: Draw) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-        """The rows of a batch, and the router's counts; see :meth:`RowReader.read`."""
+        """The rows of a batch, and the router's counts; see :meth:`RecordReader.read`."""
         if self._reader is not None:
             return self._reader.read(drawn)
         tokens = self.tokens.read("train", drawn.starts, self._length)
-        return pack_rows(drawn.sequence_ids, self.row_of_token[tokens]), self.router.counts(tokens[:, :-1])
+        return pack_records(drawn.sequence_ids, self.row_of_token[tokens]), self.router.counts(tokens[:, :-1])
 
     def _first_counts(self) -> NDArray[np.int32]:
         """The router's counts of sequences that are the same in every run on this data, resumed ones included."""
@@ -132,7 +132,7 @@ class EvaluationSource:
     def __len__(self) -> int:
         return len(self.windows.starts)
 
-    def rows(self, first: int, last: int) -> NDArray[np.int32]:
+    def records(self, first: int, last: int) -> NDArray[np.int32]:
         """(last - first, 2 + T + 1) rows of windows ``first`` to ``last``, padded with -1."""
         starts, lengths = self.windows.starts[first:last], self.windows.lengths[first:last]
         tokens = np.full((len(starts), self.context_length + 1), -1, np.int32)
@@ -142,11 +142,11 @@ class EvaluationSource:
         for index in np.flatnonzero(~full):
             length = int(lengths[index]) + 1
             tokens[index, :length] = self.row_of_token[self.tokens.read(self.split, starts[index : index + 1], length)]
-        return pack_rows(np.arange(first, first + len(starts)), tokens)
+        return pack_records(np.arange(first, first + len(starts)), tokens)
 
 
-def rows_to_batch(rows: NDArray[np.int32], seed: int, step: int) -> Batch:
+def records_to_batch(records: NDArray[np.int32], seed: int, step: int) -> Batch:
     """The model's view of the rows that a leaf received; entries below 0 become ignored targets."""
-    ids, tokens = unpack_rows(rows)
+    ids, tokens = unpack_records(records)
     targets = np.where(tokens[:, 1:] < 0, IGNORED_TARGET, tokens[:, 1:])
     return Batch(np.maximum(tokens[:, :-1], 0), targets, ids, seed, step)

@@ -18,7 +18,7 @@ from hiermpi.errors import UserError
 from hiermpi.hierarchy.routing import even_leaves
 from hiermpi.model.contract import Family, Model
 from hiermpi.optimizer.sums import rounded_loss
-from hiermpi.training.batches import EvaluationSource, rows_to_batch
+from hiermpi.training.batches import EvaluationSource, records_to_batch
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -56,7 +56,7 @@ def loss_in_units(model: Model, rows: NDArray[np.int32]) -> tuple[float, int]:
     """Add up the loss and the targets of some windows unit by unit: the same bits whoever computes which unit."""
     loss, tokens = 0.0, 0
     for first in range(0, len(rows), EVALUATION_UNIT):
-        part = model.loss(rows_to_batch(rows[first : first + EVALUATION_UNIT], 0, 0))
+        part = model.loss(records_to_batch(rows[first : first + EVALUATION_UNIT], 0, 0))
         loss, tokens = loss + rounded_loss(part[0]), tokens + part[1]
     return loss, tokens
 
@@ -65,7 +65,7 @@ def evaluate_alone(model: Model, source: EvaluationSource) -> Evaluation:
     """Compute the mean loss over ``source`` in this process."""
     loss, tokens = 0.0, 0
     for first in range(0, len(source), EVALUATION_UNIT):
-        part = loss_in_units(model, source.rows(first, min(first + EVALUATION_UNIT, len(source))))
+        part = loss_in_units(model, source.records(first, min(first + EVALUATION_UNIT, len(source))))
         loss, tokens = loss + part[0], tokens + part[1]
     return Evaluation(loss / max(tokens, 1), tokens)
 
@@ -98,7 +98,7 @@ class Evaluator:
             last = min(first + self.batch_size, self.n_windows)
             rows, leaf = None, None
             if self.source is not None:
-                rows = self.source.rows(first, last)
+                rows = self.source.records(first, last)
                 units = -(-len(rows) // EVALUATION_UNIT)
                 leaf = np.repeat(even_leaves(units, self.rank.comms.topology), EVALUATION_UNIT)[: len(rows)]
             sums = self._loss(self.rank.scatter.scatter(rows, leaf))

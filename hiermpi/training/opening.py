@@ -13,12 +13,14 @@ from numpy.typing import NDArray
 from hiermpi.config.schema import Config, ModelConfig, flatten
 from hiermpi.data.sequences import Sampler
 from hiermpi.data.tokenizers import tokenizer_from_json
-from hiermpi.errors import DamagedFile, UsageError
+from hiermpi.errors import UsageError
 from hiermpi.kernels import load_kernels
-from hiermpi.model.contract import Family, Model, load_family, micro_batch_sequences
+from hiermpi.model.contract import Family, load_family, make_model, micro_batch_sequences, specs_of
+from hiermpi.model.generation import Sampling
+from hiermpi.model.generation import generate as generate_tokens
 from hiermpi.model.parameters import ParameterBuffer, SymmetryTable, require_tensors, symmetry_groups
 from hiermpi.registry import is_outside
-from hiermpi.storage.checkpoint import Checkpoint, load_checkpoint
+from hiermpi.storage.checkpoint import Checkpoint, load_checkpoint, model_config
 from hiermpi.storage.dataset import TokenDataset, open_dataset
 from hiermpi.storage.run_folder import RunFolder
 
@@ -66,7 +68,7 @@ def open_run(config: Config, data: Path, run: Path, resume: str, family: Family,
         raise UsageError(f"run.min_ranks = {config.run.min_ranks}, but there are {n_ranks} ranks: start more")
     dataset = open_dataset(data)
     config = fit_to_data(config, dataset)
-    check_shape(family, config.model)
+    specs_of(family, config.model)  # refuses settings that do not go together
     folder = RunFolder(run)
     folder.prepare()
     checkpoint = find_checkpoint(folder, resume)
@@ -159,3 +161,77 @@ def open_checkpoint(source: Path) -> Checkpoint:
     if source.is_dir():
         return RunFolder(source).newest_checkpoint()[1]
     return load_checkpoint(source, with_state=False)
+
+
+def family_of(shape: ModelConfig, given: Any, source: Path) -> Family:
+    """Return the family of a checkpoint's model.
+
+    A registered one is used as the checkpoint names it. One from outside the package is never imported because a file
+    names it: the user must give the same text, or the object.
+
+    Args:
+        shape: The model's settings in the checkpoint.
+        given: What the user gave: a text, an object, or None.
+        source: The checkpoint, for the message.
+    """
+    if given is not None and not isinstance(given, str):
+        return load_family(given)
+    if is_outside(shape.family) and given != shape.family:
+        raise UsageError(
+            f"the model in {source} is of the family {shape.family}, which is not a part of hiermpi: add --model.family "
+            f"{shape.family} to have that code imported"
+        )
+    if given and given != shape.family:
+        raise UsageError(f"--model.family {given}: the model in {source} is of the family {shape.family}")
+    return load_family(shape.family)
+
+
+def load_model(checkpoint: Checkpoint, family: Family, symmetry_group: NDArray[np.uint8] | None = None) -> Any:
+    """Make the model of ``checkpoint`` with its parameters. Raises DamagedFile where tensors do not fit its settings."""
+    shape = model_config(checkpoint)
+    specs = specs_of(family, shape)
+    require_tensors(specs, checkpoint.parameters, "the checkpoint")
+    groups = symmetry_groups(symmetry_group, shape.vocab_size, shape.symmetry_order)
+    parameters = ParameterBuffer(specs, symmetry=SymmetryTable(groups, shape.symmetry_order))
+    model = make_model(family, shape, parameters, micro_batch_sequences(shape))
+    parameters.load_token_order(checkpoint.parameters, parameters.vector)
+    return model
+
+
+def generate(
+    source: Path | str,
+    prompt: str,
+    tokens: int = 200,
+    *,
+    temperature: float = 0.8,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    family: Any = None,
+) -> str:
+    """Continue a text with a trained model.
+
+    Args:
+        source: A run folder, whose newest checkpoint is taken, or the file of a checkpoint.
+        prompt: The text, at least one character.
+        tokens: How many tokens to add.
+        temperature: 0 takes the likeliest token.
+        top_k: Choose among the k likeliest; 0 among all.
+        top_p: Choose among the likeliest that together have this probability.
+        seed: The seed of the choices.
+        family: The model's family, where it comes from outside the package: a text or an object.
+
+    Returns:
+        The prompt and what follows it.
+
+    Raises:
+        UserError: The checkpoint cannot be used, or its model gives no logits.
+    """
+    checkpoint = open_checkpoint(Path(source))
+    shape = model_config(checkpoint)
+    tokenizer = tokenizer_from_json(checkpoint.tokenizer)
+    model = load_model(checkpoint, family_of(shape, family, Path(source)))
+    start = [int(token) for token in tokenizer.encode(prompt.encode())]
+    how = Sampling(temperature, top_k, top_p)
+    found = generate_tokens(model, start, tokens, seed, how, shape.context_length, tokenizer.vocab_size)
+    return prompt + tokenizer.decode(list(found)).decode("utf-8", "replace")

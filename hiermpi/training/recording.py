@@ -82,7 +82,7 @@ class CsvSink:
 
     def open(self, run: Run) -> None:
         self._path = run.folder / "metrics.csv"
-        kept: list[str] = []
+        kept: list[dict[str, Any]] = []
         with told(self._path, "write"):
             if run.first_step and self._path.exists():
                 with open(self._path, encoding="utf-8", newline="") as before:

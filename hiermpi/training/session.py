@@ -4,8 +4,8 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,7 @@ from hiermpi.config.schema import Config, duration_seconds
 from hiermpi.model.contract import load_family
 from hiermpi.signals import StopRequests
 from hiermpi.training.assembly import Choices, Rank, assemble
-from hiermpi.training.batches import BatchSource, EvaluationSource
+from hiermpi.training.batches import EvaluationSource
 from hiermpi.training.evaluation import Evaluation, Evaluator
 from hiermpi.training.phases import Fault, parse_faults
 from hiermpi.training.state import Progress, RunState, gather_state
@@ -145,11 +145,19 @@ def run_training(
     comms = Communicators(
         world, start.config.model.symmetry_order, hierarchy.coordinators, limits.stall_warn, limits.stall_abort
     )
-    session = Session(start, comms, str(run), opened[0] if opened else None, choices)
-    result = session.run()
+    with stop_requests(start.config, opened[0] if opened else None) as stopping:
+        session = Session(start, comms, str(run), opened[0] if opened else None, choices, stopping)
+        result = session.run()
     session.rank.free()
     comms.free()
     return result
+
+
+def stop_requests(config: Config, opened: "OpenedRun | None") -> StopRequests:
+    """Take the signals that ask for a stop; at the root also look at the STOP file and the time limit."""
+    if opened is None:
+        return StopRequests()
+    return StopRequests(opened.folder.stop_requested, duration_seconds(config.run.time_limit))
 
 
 class Session:
@@ -161,17 +169,24 @@ class Session:
         run: The run folder.
         opened: What rank 0 opened; None elsewhere.
         choices: Objects of the user's own.
+        stopping: This rank's requests to stop.
     """
 
     def __init__(
-        self, start: Start, comms: Communicators, run: str, opened: "OpenedRun | None", choices: Choices
+        self,
+        start: Start,
+        comms: Communicators,
+        run: str,
+        opened: "OpenedRun | None",
+        choices: Choices,
+        stopping: StopRequests,
     ) -> None:
         self.start = start
         self.folder = run
         self.opened = opened
         self.config = config = start.config
         self.comms = comms
-        self.stopping = self._stop_requests()
+        self.stopping = stopping
         layout = comms.topology.layout
         saved = opened.checkpoint if opened else None
         self.rank = rank = assemble(
@@ -182,7 +197,7 @@ class Session:
             progress=start.progress,
             choices=choices,
             known="" if config.hierarchy.retune else start.reductions.get(layout, ""),
-            stopping=self.stopping,
+            stopping=stopping,
             faults=start.faults,
         )
         self._keep_reduction(layout)
@@ -202,17 +217,14 @@ class Session:
             self.trainer.save_due = saver.due
         self._listening = from_root(self.comms.world, lambda: bool(recorder and recorder.wants_ranks), self.comms.waiter)
         self.started = time.perf_counter()
-        with self.stopping:
-            with ExitStack() as stack:
-                if recorder:
-                    stack.enter_context(recorder)
-                stopped, evaluation = self._loop(recorder, saver)
-            if not stopped and evaluation is None:
-                evaluation = self.evaluator.evaluate()
-                stopped = evaluation is None
-            with self.rank.phases("checkpoint"):
-                self._save(recorder, saver, final=True)
-            return self._finish(recorder, saver, stopped, evaluation)
+        with recorder or nullcontext():
+            stopped, evaluation = self._loop(recorder, saver)
+        if not stopped and evaluation is None:
+            evaluation = self.evaluator.evaluate()
+            stopped = evaluation is None
+        with self.rank.phases("checkpoint"):
+            self._save(recorder, saver, final=True)
+        return self._finish(recorder, saver, stopped, evaluation)
 
     def _loop(self, recorder: "Recorder | None", saver: "Saver | None") -> tuple[bool, Evaluation | None]:
         train = self.config.train
@@ -299,14 +311,9 @@ class Session:
         record = rank_record(self.rank, self.trainer, self.start.progress.step, elapsed)
         return gather_objects(self.comms.world, record, self.comms.waiter)
 
-    def _stop_requests(self) -> StopRequests:
-        if self.opened is None:
-            return StopRequests()
-        return StopRequests(self.opened.folder.stop_requested, duration_seconds(self.config.run.time_limit))
-
     def _keep_reduction(self, layout: str) -> None:
         """Keep a choice by time in the run folder, so that a resumed run sums in the same way. Collective."""
-        seconds, name = self.rank.timed, self.rank.reduction.name
+        seconds, name = self.rank.timed, self.rank.reduction_name
         with agreed(self.comms.world, self.comms.waiter):
             if self.opened and seconds:
                 times = ", ".join(f"{which} {1e3 * taken:.1f} ms" for which, taken in seconds.items())

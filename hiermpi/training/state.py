@@ -77,22 +77,19 @@ def spread_state(rank: "Rank", state: RunState | None, seed: int) -> None:
         return
     if optimizer is not None:
         optimizer.updates = rank.progress.updates
-    for name in names:
-        whole = None
-        if state is not None:
-            whole = lazy_zeros(model.parameters.size, np.float32)
-            model.parameters.load_token_order(state.optimizer[name], whole)
-        deal_out_owned(comms, rank.ownership, whole, optimizer.state[name] if optimizer else None)
+    whole: dict[str, NDArray] | None = None
+    if state is not None:
+        whole = {name: lazy_zeros(model.parameters.size, np.float32) for name in names}
+        for name, vector in whole.items():
+            model.parameters.load_token_order(state.optimizer[name], vector)
+    deal_out_owned(comms, rank.ownership, whole, optimizer.state if optimizer else None)
 
 
 def gather_state(rank: "Rank") -> RunState | None:
     """Bring the state together at the root; None elsewhere. Collective over the root and the owners; others may call it."""
     parameters, optimizer = rank.model.parameters, rank.optimizer
-    found: dict[str, Tensors] = {}
-    for name in rank.rule.state:
-        whole = gather_owned(rank.comms, rank.ownership, optimizer.state[name] if optimizer else None)
-        if whole is not None:
-            found[name] = parameters.tensors_in_token_order(whole)
-    if rank.comms.rank != 0:
+    whole = gather_owned(rank.comms, rank.ownership, optimizer.state if optimizer else None)
+    if whole is None:
         return None
+    found = {name: parameters.tensors_in_token_order(vector) for name, vector in whole.items()}
     return RunState(rank.progress, parameters.tensors_in_token_order(parameters.vector), found)

@@ -16,13 +16,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hiermpi.communication.agreement import gather_objects
-from hiermpi.data.sequences import ID_COLUMNS, unpack_rows
+from hiermpi.data.sequences import unpack_records
 from hiermpi.errors import PluginError, UserError
-from hiermpi.model.contract import WritingModel, check_result
+from hiermpi.kernels.loops import ID_COLUMNS
+from hiermpi.model.contract import Batch, WritingModel, check_result
 from hiermpi.optimizer.sums import all_finite, make_sums
 from hiermpi.optimizer.update import norm_and_lattice_loss
-from hiermpi.model.contract import Batch
-from hiermpi.training.batches import BatchSource, PreparedBatch, rows_to_batch
+from hiermpi.training.batches import BatchSource, PreparedBatch, records_to_batch
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -90,7 +90,7 @@ class Trainer:
         """Sequences that this rank has computed."""
         self.tokens = 0
         """Target tokens that this rank has computed."""
-        self._writes = isinstance(rank.model, WritingModel)
+        self._writing = rank.model if isinstance(rank.model, WritingModel) else None
         self._coordinates_only = rank.reduction.keeps_gradients and not rank.comms.topology.is_leaf(rank.comms.rank)
         """Whether this rank never computes, and the sum passes its gradients by."""
         self._complaint = ""
@@ -107,7 +107,7 @@ class Trainer:
         with phases("batch"):
             batch = self.source.take(progress.cursor) if self.source else None
         with phases("scatter"):
-            rows = self.rank.scatter.scatter(*((batch.rows, batch.routing.leaf) if batch else (None, None)))
+            rows = self.rank.scatter.scatter(*((batch.records, batch.dealt.leaf) if batch else (None, None)))
         with phases("batch"):
             if self.source and batch:
                 self.source.prepare(batch.next_cursor)
@@ -163,7 +163,7 @@ class Trainer:
         if not len(rows):
             room[:] = 0
         else:
-            batch = rows_to_batch(rows, self.config.train.seed, self.progress.step)
+            batch = records_to_batch(rows, self.config.train.seed, self.progress.step)
             result = self._from_outside(batch) if self.rank.outside_model else self._from_model(batch)
         fault = self.phases.planted_nan()
         if fault is not None:
@@ -172,9 +172,9 @@ class Trainer:
         return result
 
     def _from_model(self, batch: Batch) -> tuple[float, int]:
-        if self._writes:
+        if self._writing is not None:
             with self.rank.slots:
-                return self.model.write_gradients(batch, self.sums.room)
+                return self._writing.write_gradients(batch, self.sums.room)
         self.sums.room[:] = 0
         with self.rank.slots:
             return self.model.loss_and_gradients(batch, self.sums.room)
@@ -225,7 +225,7 @@ class Trainer:
         self.sequences += len(rows)
         self.tokens += int((rows[:, ID_COLUMNS + 1 :] >= 0).sum())
         if self.source and batch:
-            self.source.router.record(batch.routing)
+            self.source.router.record(batch.dealt)
         if verdict.applied:
             self.model.parameters.flip()
             if self.rank.optimizer is not None:
@@ -247,7 +247,7 @@ class Trainer:
 
     def _describe_bad(self, rows: NDArray[np.int32]) -> str:
         names = self.sums.complaints(self.model.parameters.views(self.sums.room)) or ["the loss"]
-        ids, _ = unpack_rows(rows)
+        ids, _ = unpack_records(rows)
         return f"{_shorten(names)} in sequences {_shorten([str(i) for i in ids])}"
 
     def _report_skip(self, verdict: Verdict) -> None:

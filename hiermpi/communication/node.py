@@ -1,0 +1,187 @@
+"""What the ranks of a node share: memory, and slots to compute in where there are more ranks than cores.
+
+Memory is an anonymous file (memfd) that one rank makes and the others open through /proc: it is not bounded by the size of
+/dev/shm, nothing can be left behind, and, unlike an MPI window, it outlives the communicator it was made with and is
+unmapped without the others. The space is allocated at once, so that too little memory is an error and not a SIGBUS.
+
+Ranks that share a core push each other out of its caches at every switch, and together they need more memory than caches
+hold. So only as many compute at once as keep the cores busy (:func:`hiermpi.hierarchy.topology.compute_slots`), each to
+the end of its call, and one after the other in the same memory: the model's activations stay in the caches, and the node
+holds them once per core instead of once per rank. Where the slots are as many as the cores, a slot is also a certain core.
+The system would often wake the next rank behind another that computes, and leave the core that has become free idle for
+milliseconds.
+"""
+
+import mmap
+import os
+import platform
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import numpy as np
+from mpi4py import MPI
+from numpy.typing import DTypeLike, NDArray
+
+from hiermpi.communication.agreement import agreed, broadcast_object, gather_objects
+from hiermpi.communication.communicators import Communicators
+from hiermpi.communication.waiting import Waiter
+from hiermpi.errors import UserError
+from hiermpi.hierarchy.topology import compute_slots
+from hiermpi.kernels.gates import TurnQueue, can_sleep
+from hiermpi.kernels.memory import round_up
+
+ORDERED_STORES = ("x86_64", "AMD64", "i686")
+"""Processors on which other cores see a core's stores in their order: gates that poll rely on it."""
+
+
+def shared_memory_usable() -> bool:
+    """Tell whether this platform has what gates and the memory rely on."""
+    return platform.machine() in ORDERED_STORES and hasattr(os, "memfd_create")
+
+
+class NodeMemory:
+    """Shared memory of ``nbytes``, zeroed. Collective over ``node``.
+
+    Args:
+        node: The ranks that share memory.
+        nbytes: Its size.
+        waiter: What does the waiting.
+        used: Ranges of it, (start, stop), that memory is taken for; all of it by default.
+
+    Raises:
+        UserError: On every rank of ``node``, where it cannot be had.
+    """
+
+    def __init__(
+        self, node: MPI.Comm, nbytes: int, waiter: Waiter, used: Sequence[tuple[int, int]] | None = None
+    ) -> None:
+        descriptor, source = -1, None
+        ranges = [(0, nbytes)] if used is None else used
+        with agreed(node, waiter):
+            if node.rank == 0:
+                try:
+                    descriptor = os.memfd_create("hiermpi")
+                    os.ftruncate(descriptor, nbytes)
+                    for start, stop in ranges:
+                        os.posix_fallocate(descriptor, start, stop - start)
+                except OSError as error:
+                    needed = sum(stop - start for start, stop in ranges)
+                    raise UserError(f"no {needed:,} bytes of shared memory on this node: {error.strerror}") from None
+                source = os.getpid(), descriptor
+        source = broadcast_object(node, source, waiter)
+        with agreed(node, waiter):
+            try:
+                if node.rank != 0 and source is not None:
+                    descriptor = os.open(f"/proc/{source[0]}/fd/{source[1]}", os.O_RDWR)
+                self._map = mmap.mmap(descriptor, nbytes)
+            except OSError as error:
+                raise UserError(f"the ranks of this node cannot open each other's memory: {error.strerror}") from None
+        os.close(descriptor)
+        sleeping = np.array([can_sleep()], np.int64)
+        waiter.wait(node.Iallreduce(MPI.IN_PLACE, sleeping, op=MPI.MIN))
+        self.sleeps = bool(sleeping[0])
+        """Whether all ranks of the node can sleep in the kernel."""
+        self.rank, self.size = node.rank, node.size
+
+    def array(self, offset: int, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray:
+        """Return a view of the memory from byte ``offset`` on."""
+        count = int(np.prod(shape))
+        return np.frombuffer(self._map, dtype, count, offset).reshape(shape)
+
+
+class ComputeSlots:
+    """What ``with`` takes around a call of a model. Here every rank computes when it wants to."""
+
+    def __enter__(self) -> None:
+        """Take a slot. Nothing that is collective may be called before it is given back."""
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Give it back, also after an error."""
+
+
+class NodeComputeSlots(ComputeSlots):
+    """Slots taken in the order of asking, so many at once on this node.
+
+    Args:
+        queue: Deals out the slots.
+        work_in: Called with the number of a slot when it is taken.
+        cores: For each slot the core that it is on; none where the system is to choose.
+    """
+
+    def __init__(self, queue: TurnQueue, work_in: Callable[[int], None], cores: Sequence[int] = ()) -> None:
+        self._queue = queue
+        self._work_in = work_in
+        self._cores = cores
+        self._usual_cores = os.sched_getaffinity(0) if cores else set[int]()
+
+    def __enter__(self) -> None:
+        self._queue.begin()
+        if self._cores:
+            self._run_on({self._cores[self._queue.slot]})
+        self._work_in(self._queue.slot)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._cores:
+            self._run_on(self._usual_cores)
+        self._queue.end()
+
+    def _run_on(self, cores: set[int]) -> None:
+        try:
+            os.sched_setaffinity(0, cores)
+        except OSError:  # they were taken from the job, or nobody may choose here: the system chooses
+            self._cores = ()
+
+
+class NodeCores(NamedTuple):
+    """The cores of a node."""
+
+    cores: list[int]
+    """Those that its ranks may use together."""
+    free: bool
+    """Whether each of the ranks may use each of them."""
+
+
+def node_cores(comms: Communicators) -> NodeCores:
+    """Find the cores of this node. Collective over it."""
+    mine = gather_objects(comms.node, sorted(os.sched_getaffinity(0)), comms.waiter) or []
+    together = sorted({core for cores in mine for core in cores})
+    return broadcast_object(comms.node, NodeCores(together, all(cores == together for cores in mine)), comms.waiter)
+
+
+def make_compute_slots(comms: Communicators, model: Any, threads: int = 1) -> ComputeSlots:
+    """Make slots where more ranks of this node compute than its cores have room for. Collective over the hierarchy.
+
+    Args:
+        comms: The hierarchy.
+        model: A model; one that can work in memory of others (``workspace_elements``, ``share_workspaces``, ``work_in``) is
+            given the memory that belongs to the slots, any other keeps its own.
+        threads: The threads of each rank.
+
+    Raises:
+        UserError: On every rank, where a node cannot have the memory.
+    """
+    topology, node = comms.topology, comms.node
+    leaves = topology.leaves_of_node[topology.nodes[comms.rank]]
+    cores, free = node_cores(comms)
+    at_once = compute_slots(leaves, max(1, len(cores) // threads))
+    chosen = cores if free and at_once == len(cores) and threads == 1 else []
+    slots = ComputeSlots()
+    with agreed(comms.world, comms.waiter):  # the first words are written when it ends
+        if at_once < leaves and shared_memory_usable() and can_sleep():
+            lends = hasattr(model, "share_workspaces")
+            elements = model.workspace_elements() if lends else 0
+            start, stride = TurnQueue.nbytes(node.size, at_once), round_up(4 * elements)
+            # Room for as many sequences as a rank may ever get: taken where it is written.
+            memory = NodeMemory(node, start + at_once * stride, comms.waiter, [(0, start)])
+            if memory.sleeps:
+                if lends:
+                    offsets = [start + index * stride for index in range(at_once)]
+                    model.share_workspaces([memory.array(offset, (elements,), np.float32) for offset in offsets])
+                work_in = model.work_in if lends else lambda slot: None
+                slots = NodeComputeSlots(TurnQueue(memory, at_once, comms.waiter), work_in, chosen)
+    return slots
