@@ -32,11 +32,11 @@ def make_dataset(folder, text=TEXT, *options):
 
 def train_on(comm, data, run, *options, environment=None):
     """``hiermpi train`` on the ranks of ``comm``; its exit code. Collective over ``comm``."""
-    from hiermpi.training.session import train
+    from hiermpi.commands.train import run_together
 
     arguments = parse(["train", "--data", str(data), "--run", str(run), *map(str, options)])
     with mock.patch.dict(os.environ, environment or {}):
-        return train(arguments, comm)
+        return run_together(arguments, comm)
 
 
 def losses(run):

@@ -8,34 +8,18 @@ import pytest
 import hiermpi
 
 ROOT = Path(hiermpi.__file__).parent
-PURE = (
-    *("config", "data", "hierarchy", "model", "optimizer", "errors", "files", "kernels", "planning", "progress"),
-    "registry",
-    "signals",
+FLOORS = (
+    ("errors", "progress", "signals"),
+    ("registry", "files"),
+    ("config", "kernels"),
+    ("data", "hierarchy", "model"),
+    ("communication", "optimizer", "storage"),
+    ("interchange", "planning", "preparation", "reporting", "training"),
+    ("benchmarks",),
+    ("commands",),
+    ("cli",),
+    ("__main__",),
 )
-ALLOWED = {
-    **{part: set(PURE) for part in PURE},
-    "communication": {"communication", *PURE},
-    "storage": {"storage", *PURE},
-    "training": {"training", "reporting", "communication", "storage", *PURE},
-    "preparation": {"preparation", "communication", "storage", *PURE},
-    "reporting": {"reporting", "storage", *PURE},
-    "interchange": {"interchange", "storage", *PURE},
-    "benchmarks": {"benchmarks", "training", "communication", *PURE},
-    "commands": {
-        *("commands", "benchmarks", "interchange", "preparation", "reporting", "training", "communication", "storage"),
-        *PURE,
-    },
-    "cli": {"cli", "commands", "communication", *PURE},
-    "__main__": {"cli"},
-    "__init__": set(),
-}
-LIBRARIES = {
-    "mpi4py": {"communication", "training", "benchmarks", "commands", "cli"},
-    "h5py": {"storage", "commands"},
-}
-
-
 def imports_of(path):
     """(module, is it for type checking only) of every import in a file, also inside functions."""
     tree = ast.parse(path.read_text())

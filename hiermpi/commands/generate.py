@@ -59,7 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
             raise UsageError(f"--prompt is not UTF-8 (byte {error.start}): write it in UTF-8") from None
     prompt = [int(token) for token in tokenizer.encode(text)]
     shape = model_config(checkpoint)
-    model = load_model(checkpoint, family_of(shape, given_family(arguments), arguments.source))
+    model = load_model(checkpoint, family=family_of(shape, given_family(arguments), arguments.source))
     how = Sampling(arguments.temperature, arguments.top_k, arguments.top_p)
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     sys.stdout.write(decoder.decode(text))

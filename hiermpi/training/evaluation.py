@@ -157,7 +157,7 @@ def evaluate(
     from hiermpi.training.opening import load_model
 
     scored = open_scored(Path(source), Path(data), split, family)
-    model = load_model(scored.checkpoint, scored.family, scored.dataset.symmetry_group)
+    model = load_model(scored.checkpoint, scored.dataset.symmetry_group, scored.family)
     windows = EvaluationSource(scored.dataset, split, scored.shape.context_length, model.parameters.row_of_token)
     return result_of(evaluate_alone(model, windows), scored, split)
 

@@ -186,9 +186,21 @@ def family_of(shape: ModelConfig, given: Any, source: Path) -> Family:
     return load_family(shape.family)
 
 
-def load_model(checkpoint: Checkpoint, family: Family, symmetry_group: NDArray[np.uint8] | None = None) -> Any:
-    """Make the model of ``checkpoint`` with its parameters. Raises DamagedFile where tensors do not fit its settings."""
+def load_model(
+    checkpoint: Checkpoint, symmetry_group: NDArray[np.uint8] | None = None, family: Family | None = None
+) -> Any:
+    """Make the model of a checkpoint with its parameters.
+
+    Args:
+        checkpoint: The checkpoint; its state is not needed.
+        symmetry_group: The symmetry class of each token id; by default ids modulo the order.
+        family: The family of the model; by default the registered one that the checkpoint names.
+
+    Raises:
+        DamagedFile: Tensors do not fit the model's settings.
+    """
     shape = model_config(checkpoint)
+    family = family or family_of(shape, None, Path("the checkpoint"))
     specs = specs_of(family, shape)
     require_tensors(specs, checkpoint.parameters, "the checkpoint")
     groups = symmetry_groups(symmetry_group, shape.vocab_size, shape.symmetry_order)
@@ -230,7 +242,7 @@ def generate(
     checkpoint = open_checkpoint(Path(source))
     shape = model_config(checkpoint)
     tokenizer = tokenizer_from_json(checkpoint.tokenizer)
-    model = load_model(checkpoint, family_of(shape, family, Path(source)))
+    model = load_model(checkpoint, family=family_of(shape, family, Path(source)))
     start = [int(token) for token in tokenizer.encode(prompt.encode())]
     how = Sampling(temperature, top_k, top_p)
     found = generate_tokens(model, start, tokens, seed, how, shape.context_length, tokenizer.vocab_size)

@@ -6,8 +6,8 @@ import pytest
 
 from hiermpi.config.loading import add_config_arguments, load_config, presets
 from hiermpi.errors import UsageError
+from hiermpi.model.gpt2 import gpt2_specs
 from hiermpi.model.parameters import ParameterLayout
-from hiermpi.model.transformer import transformer_specs
 
 
 def load(name):
@@ -27,7 +27,7 @@ def test_gpt2_has_the_size_of_gpt2():
 
     for name, millions in (("gpt2-small", 124.4), ("gpt2-medium", 354.8)):
         model = dataclasses.replace(load(name).model, vocab_size=50257)
-        assert ParameterLayout(transformer_specs(model)).count / 1e6 == pytest.approx(millions, abs=0.1)
+        assert ParameterLayout(gpt2_specs(model)).count / 1e6 == pytest.approx(millions, abs=0.1)
 
 
 def test_an_unknown_name_lists_them(tmp_path, monkeypatch):

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from hiermpi.hierarchy import lattice as lattice_module
 from hiermpi.hierarchy.lattice import Lattice
+from hiermpi.kernels import loops
 from hiermpi.model.parameters import SymmetryTable
 
 TABLES = [
@@ -65,7 +65,7 @@ def test_finite_differences():
         assert gradient[index] == pytest.approx((slopes[0] - slopes[1]) / 2e-5, abs=1e-7)
 
 
-@pytest.mark.skipif(lattice_module.compiled_loops() is None, reason="loops.c was not built")
+@pytest.mark.skipif(loops.compiled_loops() is None, reason="loops.c was not built")
 @pytest.mark.parametrize("width", [1, 63, 64, 200])
 @pytest.mark.parametrize(("groups", "order"), TABLES)
 def test_the_compiled_form_does_the_same(groups, order, width, monkeypatch):
@@ -75,7 +75,7 @@ def test_the_compiled_form_does_the_same(groups, order, width, monkeypatch):
     compiled = random.standard_normal(rows.shape).astype(np.float32)
     numpy = compiled.copy()
     losses = lattice.add_gradient(compiled, rows, 0.3)
-    monkeypatch.setattr(lattice_module, "compiled_loops", lambda: None)
+    monkeypatch.setattr(loops, "compiled_loops", lambda: None)
     np.testing.assert_allclose(losses, lattice.add_gradient(numpy, rows, 0.3), rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(compiled, numpy, rtol=1e-6, atol=1e-5)
 

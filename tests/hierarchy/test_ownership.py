@@ -15,9 +15,8 @@ from hiermpi.hierarchy.ownership import (
     water_filled,
 )
 from hiermpi.hierarchy.topology import Topology
-from hiermpi.model.parameters import ParameterLayout, TensorSpec
-from hiermpi.model.parameters import SymmetryTable
-from hiermpi.optimizer.norm import norm_blocks
+from hiermpi.model.parameters import ParameterLayout, SymmetryTable, TensorSpec
+from hiermpi.optimizer.update import norm_blocks
 
 SIZES = [1, 2, 3, 7, 12, 13, 14, 26, 64, 200]
 

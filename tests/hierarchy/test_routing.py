@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 
-from hiermpi.hierarchy import routing
-from hiermpi.hierarchy.routing import Router, even_leaves, leaves_in_turn
+from hiermpi.hierarchy.routing import Router, even_leaves
 from hiermpi.hierarchy.topology import Topology
+from hiermpi.kernels import loops
+from hiermpi.kernels.loops import leaves_in_turn
 
 MODES = ("balanced", "dominant", "lift")
 
@@ -107,30 +108,32 @@ def test_even_leaves_cover_and_balance():
 
 
 def test_the_compiled_count_is_the_numpy_one(monkeypatch):
-    if routing.compiled_loops() is None:
+    if loops.compiled_loops() is None:
         pytest.skip("loops.c was not built")
     tokens = np.random.default_rng(3).integers(-1, 50, (9, 33)).astype(np.int32)
     router = Router(Topology(5), "balanced", np.arange(50).astype(np.uint8) % 12, np.ones(50, np.int64))
     for part in (tokens, tokens[:, :-1], tokens[::2, 3:7], tokens[:0], tokens[:, ::2]):
         compiled = router.affinity(part)
         with monkeypatch.context() as patch:
-            patch.setattr(routing, "compiled_loops", lambda: None)
+            patch.setattr(loops, "compiled_loops", lambda: None)
             np.testing.assert_array_equal(compiled, router.affinity(part))
 
 
-@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("unit_size", [1, 4])
 @pytest.mark.parametrize("coordinators", ["compute", "dedicated"])
-def test_the_compiled_dealing_is_the_numpy_one(coordinators, unit_size, mode, monkeypatch):
-    if routing.compiled_loops() is None:
+def test_the_compiled_dealing_is_the_numpy_one(coordinators, unit_size, monkeypatch):
+    if loops.compiled_loops() is None:
         pytest.skip("loops.c was not built")
-    router = make_router(30, mode, coordinators, unit_size=unit_size)
+    router = make_router(30, "balanced", coordinators, unit_size=unit_size)
+    generator = np.random.default_rng(unit_size)
     for batch in (1, 4, 77):
-        counts = router.counts(np.random.default_rng(batch).integers(-1, 50, (batch, 20)).astype(np.int32))
-        compiled = router.route_counts(counts)
+        counts = router.counts(generator.integers(-1, 50, (batch, 20)).astype(np.int32))
+        unit_bin = generator.choice(np.flatnonzero(router._leaves), -(-batch // unit_size))
+        arguments = (counts, unit_bin, unit_size, router._ranks, router._bounds)
+        compiled = loops.deal(*arguments)
         with monkeypatch.context() as patch:
-            patch.setattr(routing, "compiled_loops", lambda: None)
-            plain = router.route_counts(counts)
+            patch.setattr(loops, "compiled_loops", lambda: None)
+            plain = loops.deal(*arguments)
         assert np.array_equal(compiled.leaf, plain.leaf)
         assert np.array_equal(compiled.bin, plain.bin)
         assert compiled[2:] == plain[2:]

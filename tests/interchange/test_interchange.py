@@ -17,9 +17,10 @@ from hiermpi.errors import UsageError, UserError
 from hiermpi.interchange.exchanged import Exchanged
 from hiermpi.interchange.huggingface import tokenizer_from_parts, tokenizer_to_json
 from hiermpi.interchange.importing import as_checkpoint
-from hiermpi.model.transformer import Transformer
+from hiermpi.model.generation import token_logits
+from hiermpi.model.gpt2 import make_gpt2
 from hiermpi.storage.checkpoint import load_checkpoint, parameters_digest, save_checkpoint
-from hiermpi.training.loading import load_model
+from hiermpi.training.opening import load_model
 
 TEXT = "Grüße, 世界!  def f(x):\n    return x + 1\n\n"
 TOKENIZERS = [BytesTokenizer(), CharsTokenizer("".join(sorted(set(TEXT)))), train_bpe([TEXT * 9], 290)]
@@ -30,7 +31,7 @@ def make(tokenizer, tied=True):
         vocab_size=tokenizer.vocab_size, context_length=16, n_layer=2, n_head=2, n_embd=8, tie_embeddings=tied
     )
     rng = np.random.default_rng(0)
-    model = Transformer(config)
+    model = make_gpt2(config)
     tensors = {s.name: rng.standard_normal(s.shape).astype(np.float32) / 3 for s in model.parameters.specs}
     return as_checkpoint(Exchanged(config, tensors, tokenizer))
 
@@ -62,7 +63,7 @@ def test_there_and_back(tmp_path, tokenizer, tied, kind, out):
     assert after.tokenizer == before.tokenizer
     assert after.config == before.config
     inputs = np.arange(12, dtype=np.int32)[None]
-    assert np.array_equal(load_model(before).logits(inputs), load_model(after).logits(inputs))
+    assert np.array_equal(token_logits(load_model(before), inputs), token_logits(load_model(after), inputs))
 
 
 @pytest.mark.parametrize("tokenizer", TOKENIZERS, ids=lambda t: t.kind)
@@ -192,7 +193,7 @@ def test_transformers_computes_the_same(tmp_path):
     ours = load_model(load_checkpoint(tmp_path / "a.h5"))
     with torch.no_grad():
         wanted = theirs(torch.tensor(inputs)).logits.numpy()
-    assert np.allclose(ours.logits(ours.symmetry.row_of_token[inputs].astype(np.int32)), wanted, atol=1e-4)
+    assert np.allclose(token_logits(ours, inputs), wanted, atol=1e-4)
     random = transformers.GPT2LMHeadModel(
         transformers.GPT2Config(vocab_size=99, n_positions=16, n_embd=12, n_layer=2, n_head=3)
     ).eval()
@@ -201,4 +202,4 @@ def test_transformers_computes_the_same(tmp_path):
     ours = load_model(load_checkpoint(tmp_path / "b.h5"))
     with torch.no_grad():
         wanted = random(torch.tensor(inputs)).logits.numpy()
-    assert np.allclose(ours.logits(ours.symmetry.row_of_token[inputs].astype(np.int32)), wanted, atol=1e-4)
+    assert np.allclose(token_logits(ours, inputs), wanted, atol=1e-4)

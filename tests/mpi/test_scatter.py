@@ -5,8 +5,8 @@ import pytest
 from collective import collective_assert
 
 from hiermpi.communication.communicators import Communicators
-from hiermpi.communication.scatter import BatchScatter, SharedScatter
-from hiermpi.data.rows import pack_rows, unpack_rows
+from hiermpi.communication.scatter import SharedScatter, TreeScatter
+from hiermpi.data.sequences import pack_records, unpack_records
 
 pytestmark = pytest.mark.mpi
 
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.mpi
 def make(request):
     """A scatter for rows of some width; memory is for 30 rows."""
     if request.param == "tree":
-        return BatchScatter
+        return TreeScatter
     return lambda comms, width: SharedScatter(comms, width, 30)
 
 
@@ -27,7 +27,7 @@ def test_rows_arrive(comm, make, batch):
     leaf = generator.integers(0, comm.size, batch)
     tokens = generator.integers(-1, 99, (batch, 9)).astype(np.int32)
     ids = generator.integers(0, 2**40, batch)
-    rows = pack_rows(ids, tokens)
+    rows = pack_records(ids, tokens)
     scatter = make(comms, rows.shape[1])
     for _ in range(3):
         mine = scatter.scatter(*((rows, leaf) if comm.rank == 0 else (None, None)))
@@ -49,6 +49,6 @@ def test_all_rows_to_one_rank(comm, make):
 def test_rows_round_trip():
     ids = np.array([0, 1, 2**40, 2**62], np.int64)
     tokens = np.arange(12, dtype=np.int32).reshape(4, 3)
-    back_ids, back_tokens = unpack_rows(pack_rows(ids, tokens))
+    back_ids, back_tokens = unpack_records(pack_records(ids, tokens))
     assert np.array_equal(back_ids, ids)
     assert np.array_equal(back_tokens, tokens)

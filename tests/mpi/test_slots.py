@@ -24,8 +24,8 @@ def nothing_is_refused(monkeypatch):
 
 def state_of(trainer):
     """Copies of what this rank holds of the model's state."""
-    optimizer = trainer.optimizer
-    moments = [] if optimizer is None else [optimizer.count, *(vector.copy() for vector in optimizer.moments)]
+    optimizer = trainer.rank.optimizer
+    moments = [] if optimizer is None else [optimizer.updates, *(v.copy() for v in optimizer.state.values())]
     return [trainer.progress.step, trainer.model.parameters.vector.copy(), *moments]
 
 

@@ -8,7 +8,8 @@ import pytest
 from hiermpi.kernels import load_kernels
 from hiermpi.kernels.layers import ADAMW_BLOCK as BLOCK
 from hiermpi.kernels.memory import ALIGNMENT
-from hiermpi.optimizer.adamw import adamw_update
+from hiermpi.optimizer.adamw import AdamW
+from hiermpi.optimizer.rules import Hyper, Values
 
 UNIT = ALIGNMENT // 4
 N = 3 * BLOCK + 5 * UNIT  # not a whole number of blocks
@@ -31,17 +32,22 @@ def random_state(n=N):
 def update(kernels, state, count=1, ranges=((0, SPLIT, True), (SPLIT, N, False)), out=None, **changes):
     """(parameters, m, v) after one update, in new arrays unless ``out`` names some."""
     out = out or tuple(np.full_like(state[0], np.nan) for _ in range(3))
-    out_parameters, out_m, out_v = out
-    adamw_update(
-        *state,
-        count=count,
-        decay_ranges=ranges,
-        out_parameters=out_parameters,
-        out_m=out_m,
-        out_v=out_v,
-        kernels=kernels,
-        **(SETTINGS | changes),
-    )
+    numbers = SETTINGS | changes
+    parameters, gradients, m, v = state
+    for start, stop, decay in ranges:
+        part = slice(start, stop)
+        new, old = ((x[part], {"m": y[part], "v": z[part]}) for x, y, z in (out, (parameters, m, v)))
+        hyper = Hyper(
+            count,
+            numbers["learning_rate"],
+            numbers["scale"],
+            numbers["weight_decay"] if decay else 0.0,
+            numbers["beta1"],
+            numbers["beta2"],
+            {},
+            None,
+        )
+        AdamW(kernels).update(Values(*new), Values(*old), gradients[part], hyper)
     return out
 
 

@@ -5,10 +5,10 @@ from math import inf, isnan, nan
 import numpy as np
 import pytest
 
-from hiermpi.kernels import load_kernels
+from hiermpi.kernels import load_kernels, using_kernels
 from hiermpi.model.parameters import ParameterLayout, TensorSpec
-from hiermpi.optimizer import norm
-from hiermpi.optimizer.norm import LARGEST_BLOCK, block_sums, clip_scale, total_norm
+from hiermpi.optimizer import update
+from hiermpi.optimizer.update import LARGEST_BLOCK, clip_scale, total_norm
 
 SPECS = [
     TensorSpec("table", (50, 1000), decay=True, symmetry_rows=True),
@@ -21,9 +21,10 @@ LAYOUT = ParameterLayout(SPECS)
 
 
 @pytest.fixture(autouse=True, params=sorted({load_kernels("numpy").name, load_kernels("auto").name}))
-def kernels(request, monkeypatch):
+def kernels(request):
     """In numpy, and compiled where this installation has it."""
-    monkeypatch.setattr(norm, "load_kernels", lambda: load_kernels(request.param))
+    with using_kernels(request.param):
+        yield
 
 
 def random_vector():
@@ -37,24 +38,24 @@ def random_vector():
 
 def sums_of(vector, blocks):
     out = np.empty(len(blocks))
-    block_sums(vector, blocks, out)
+    load_kernels().block_sums(out, vector, blocks)
     return out
 
 
 def norm_blocks(layout, class_bounds):
     """(n, 2) starts and stops."""
-    bounds, _ = norm.norm_blocks(layout, class_bounds)
+    bounds, _ = update.norm_blocks(layout, class_bounds)
     return np.stack([bounds[:-1], bounds[1:]], axis=1)
 
 
 @pytest.mark.parametrize("class_bounds", [None, BOUNDS])
 def test_blocks_cover_the_vector(class_bounds):
-    bounds, classes = norm.norm_blocks(LAYOUT, class_bounds)
+    bounds, classes = update.norm_blocks(LAYOUT, class_bounds)
     assert (bounds[0], bounds[-1], len(bounds)) == (0, LAYOUT.size, len(classes) + 1)
 
 
 def test_blocks_know_their_class():
-    bounds, classes = norm.norm_blocks(LAYOUT, BOUNDS)
+    bounds, classes = update.norm_blocks(LAYOUT, BOUNDS)
     for start, symmetry_class in zip(bounds[:-1], classes, strict=True):
         row = start // 1000
         expected = np.searchsorted(BOUNDS, row, side="right") - 1 if start < 50 * 1000 else -1

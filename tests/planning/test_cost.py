@@ -8,9 +8,10 @@ import pytest
 from hiermpi.cli import main
 from hiermpi.config.schema import Config, HierarchyConfig, ModelConfig, OptimizerConfig, TrainConfig
 from hiermpi.hierarchy.topology import Topology
-from hiermpi.model.transformer import flops_per_token
-from hiermpi.model.workspace import micro_batch_sequences
-from hiermpi.planning.cost import Line, Machine, fewest_tokens, forecast, machine_from_json, predict
+from hiermpi.model.contract import micro_batch_sequences
+from hiermpi.model.gpt2 import flops_per_token
+from hiermpi.planning.cost import fewest_tokens, forecast, predict
+from hiermpi.planning.machine import Line, Machine, machine_from_json
 
 MODEL = ModelConfig(vocab_size=256)
 MACHINE = Machine(

@@ -9,8 +9,7 @@ from hiermpi.config.schema import Config, HierarchyConfig, ModelConfig, TrainCon
 from hiermpi.hierarchy.topology import Topology
 from hiermpi.planning.drawing import describe, ranges, size, tree_lines
 from hiermpi.planning.memory import MESSAGE_BYTES
-from hiermpi.planning.plan import plan
-from hiermpi.planning.suggesting import suggest
+from hiermpi.planning.plan import plan, suggest
 
 VECTOR = 4 * 858_880  # the default model with 256 tokens; every tensor is a multiple of a cache line
 

@@ -5,8 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from hiermpi.data.rows import unpack_rows
-from hiermpi.data.sampling import Sampler
+from hiermpi.data.sequences import Sampler, unpack_records
 from hiermpi.hierarchy.routing import Router
 from hiermpi.hierarchy.topology import Topology
 from hiermpi.training.batches import BatchSource
@@ -42,7 +41,7 @@ def make_source(kind, size=13, batch_size=30, unit_size=1, n_tokens=20_000, mode
 
 def batches(source, first, count):
     made = (source.take(first + index * source.batch_size) for index in range(count))  # rows do not last
-    return [(batch.rows.tolist(), batch.routing.leaf.tolist()) for batch in made]
+    return [(batch.records.tolist(), batch.dealt.leaf.tolist()) for batch in made]
 
 
 @pytest.mark.parametrize("mode", ["balanced", "dominant"])
@@ -64,7 +63,7 @@ def test_rows_are_the_tokens_that_were_drawn():
     batch = source.take(60)
     assert (batch.cursor, batch.next_cursor) == (60, 90)
     drawn = Sampler(20_000, CONTEXT, 9).draw(60, 30)
-    ids, rows = unpack_rows(batch.rows)
+    ids, rows = unpack_records(batch.records)
     assert ids.tolist() == drawn.sequence_ids.tolist()
     tokens = source.tokens.read("train", drawn.starts, CONTEXT + 1)
     assert np.array_equal(rows, source.row_of_token[tokens])
@@ -73,4 +72,4 @@ def test_rows_are_the_tokens_that_were_drawn():
 def test_no_leaf_gets_more_than_its_share():
     source = make_source(InMemory)
     for index in range(5):
-        assert np.bincount(source.take(30 * index).routing.leaf).max() == 3
+        assert np.bincount(source.take(30 * index).dealt.leaf).max() == 3

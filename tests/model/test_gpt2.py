@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 
 from hiermpi.config.schema import ModelConfig
+from hiermpi.errors import DamagedFile, UsageError
 from hiermpi.kernels import load_kernels
 from hiermpi.model import workspace
-from hiermpi.model.contract import IGNORED_TARGET, Batch
+from hiermpi.model.contract import IGNORED_TARGET, Batch, micro_batch_sequences, specs_of
+from hiermpi.model.generation import token_logits
+from hiermpi.model.gpt2 import FAMILY, flops_per_token, gpt2_specs, make_gpt2
 from hiermpi.model.parameters import ParameterLayout
-from hiermpi.model.transformer import Transformer, flops_per_token, transformer_specs
-from hiermpi.model.workspace import activation_bytes, micro_batch_sequences
+from hiermpi.model.workspace import activation_bytes
 
 V, CONTEXT, ORDER = 13, 7, 5
 TABLE = np.array([4, 0, 0, 3, 1, 4, 2], np.uint8)  # the ids beyond it go by modulo
@@ -27,20 +29,20 @@ def make_config(**changes):
 
 def make_model(symmetry_group=TABLE, dtype=np.float64, micro_batch_size=0, kernels=None, **changes):
     """A model whose parameters are all far from zero, so that every gradient is."""
-    model = Transformer(make_config(**changes), symmetry_group, dtype, (), micro_batch_size, kernels)
-    model.initialize(1)
+    model = make_gpt2(make_config(**changes), symmetry_group, dtype, (), micro_batch_size, kernels)
+    FAMILY.initialize(model, 1)
     rng = np.random.default_rng(2)
-    tensors = model.tensors_in_token_order(model.parameters.vector)
+    tensors = model.parameters.tensors_in_token_order(model.parameters.vector)
     for name in tensors:
         tensors[name] += 0.3 * rng.standard_normal(tensors[name].shape)
-    model.load_token_order(tensors, model.parameters.vector)
+    model.parameters.load_token_order(tensors, model.parameters.vector)
     return model
 
 
 def make_batch(model, sequences=3, length=CONTEXT, seed=3):
     """The same tokens whatever the model's table; some targets are ignored."""
     tokens = np.random.default_rng(seed).integers(0, V, (sequences, length + 1))
-    rows = model.symmetry.row_of_token[tokens].astype(np.int32)
+    rows = model.parameters.symmetry.row_of_token[tokens].astype(np.int32)
     targets = rows[:, 1:].copy()
     targets[0, ::3] = IGNORED_TARGET
     return Batch(rows[:, :-1], targets, 10 * np.arange(sequences) + 5, 42, 6)
@@ -69,6 +71,11 @@ def close(actual, expected, rtol=1e-10, atol=1e-12):
 def naive_norm(x, weight, bias):
     centred = x - sum(x) / len(x)
     return centred / sqrt(sum(centred**2) / len(x) + 1e-5) * weight + bias
+
+
+def logits_of(model, batch):
+    """Logits in token order."""
+    return token_logits(model, model.parameters.symmetry.token_of_row[batch.inputs])
 
 
 def naive_logits(tensors, tokens, config):
@@ -110,8 +117,8 @@ def naive_attention(normed, block, config):
 
 def naive_of(model, batch):
     """Logits (B, T, V) in token order, loss sum and number of targets."""
-    tensors = model.tensors_in_token_order(model.parameters.vector)
-    tokens = model.symmetry.token_of_row
+    tensors = model.parameters.tensors_in_token_order(model.parameters.vector)
+    tokens = model.parameters.symmetry.token_of_row
     logits = np.array([naive_logits(tensors, tokens[row], model.config) for row in batch.inputs])
     loss, n_tokens = 0.0, 0
     for b, t in np.ndindex(batch.targets.shape):
@@ -128,7 +135,7 @@ def test_forward_matches_the_naive_model(tied, sequences, length):
     model = make_model(tie_embeddings=tied)
     batch = make_batch(model, sequences, length)
     logits, loss, n_tokens = naive_of(model, batch)
-    close(model.logits(batch.inputs), logits)
+    close(logits_of(model, batch), logits)
     assert model.loss(batch) == (pytest.approx(loss, rel=1e-12), n_tokens)
     assert gradients_of(model, batch)[:2] == (pytest.approx(loss, rel=1e-12), n_tokens)
 
@@ -137,7 +144,7 @@ def test_forward_matches_the_naive_model(tied, sequences, length):
 def test_any_head_size(n_head, n_embd):
     model = make_model(n_head=n_head, n_embd=n_embd)
     batch = make_batch(model)
-    close(model.logits(batch.inputs), naive_of(model, batch)[0])
+    close(logits_of(model, batch), naive_of(model, batch)[0])
 
 
 # Gradients.
@@ -251,7 +258,7 @@ def test_micro_batches_do_not_matter(size, dropout):
     assert (cut_loss, cut_tokens) == (pytest.approx(loss, rel=1e-12), n_tokens)
     assert cut.loss(batch) == (pytest.approx(whole.loss(batch)[0], rel=1e-12), n_tokens)
     close(cut_gradients, gradients)
-    close(cut.logits(batch.inputs), whole.logits(batch.inputs))
+    close(logits_of(cut, batch), logits_of(whole, batch))
 
 
 def test_the_workspace_may_be_used_in_any_order_of_shapes():
@@ -314,60 +321,61 @@ def test_float32_agrees_with_float64(name, dropout):
 def test_the_symmetry_table_changes_nothing(tied, dropout):
     """Rows are permuted, the model is the same: loss, gradients and logits by token."""
     plain = make_model(np.zeros(V, np.uint8), tie_embeddings=tied, dropout=dropout)
-    np.testing.assert_array_equal(plain.symmetry.row_of_token, np.arange(V))
+    np.testing.assert_array_equal(plain.parameters.symmetry.row_of_token, np.arange(V))
     loss, n_tokens, gradients = gradients_of(plain, make_batch(plain))
-    logits = plain.logits(make_batch(plain).inputs)
+    logits = logits_of(plain, make_batch(plain))
     for table in (None, TABLE, np.arange(V, dtype=np.uint8)[::-1] % ORDER):
         model = make_model(table, tie_embeddings=tied, dropout=dropout)
         batch = make_batch(model)
         result = gradients_of(model, batch)
         assert result[:2] == (pytest.approx(loss, rel=1e-12), n_tokens)
-        expected, actual = plain.tensors_in_token_order(gradients), model.tensors_in_token_order(result[2])
+        expected = plain.parameters.tensors_in_token_order(gradients)
+        actual = model.parameters.tensors_in_token_order(result[2])
         for name in expected:
             close(actual[name], expected[name])
-        close(model.logits(batch.inputs), logits)
+        close(logits_of(model, batch), logits)
 
 
 @TIED
 def test_token_order_round_trip(tied):
     model = make_model(tie_embeddings=tied)
-    tensors = model.tensors_in_token_order(model.parameters.vector)
+    tensors = model.parameters.tensors_in_token_order(model.parameters.vector)
     assert list(tensors) == [spec.name for spec in model.parameters.specs]
-    rows = model.symmetry.row_of_token
+    rows = model.parameters.symmetry.row_of_token
     assert (rows != np.arange(V)).any()
     for spec in model.parameters.specs:
         expected = model.parameters[spec.name]
         np.testing.assert_array_equal(tensors[spec.name], expected[rows] if spec.symmetry_rows else expected)
         assert not np.shares_memory(tensors[spec.name], model.parameters.vector)
     loaded = model.parameters.new_vector()
-    model.load_token_order(tensors, loaded)
+    model.parameters.load_token_order(tensors, loaded)
     np.testing.assert_array_equal(loaded, model.parameters.vector)
 
 
 def test_tensors_that_do_not_fit_are_refused():
     model = make_model()
-    tensors = model.tensors_in_token_order(model.parameters.vector)
+    tensors = model.parameters.tensors_in_token_order(model.parameters.vector)
     wrong = tensors | {"wpe.weight": np.zeros((CONTEXT + 1, 6))}
-    with pytest.raises(ValueError, match=r"wpe.weight has shape \(8, 6\), expected \(7, 6\)"):
-        model.load_token_order(wrong, model.parameters.new_vector())
+    with pytest.raises(DamagedFile, match=r"tensors do not fit the model's settings: wpe\.weight"):
+        model.parameters.load_token_order(wrong, model.parameters.new_vector())
     del tensors["ln_f.bias"]
-    with pytest.raises(KeyError, match=r"ln_f.bias"):
-        model.load_token_order(tensors, model.parameters.new_vector())
+    with pytest.raises(DamagedFile, match=r"ln_f\.bias"):
+        model.parameters.load_token_order(tensors, model.parameters.new_vector())
 
 
 # Initialisation.
 
 
 def initialized(symmetry_group=None, seed=1, **changes):
-    model = Transformer(make_config(**changes), symmetry_group)
-    model.initialize(seed)
+    model = make_gpt2(make_config(**changes), symmetry_group)
+    FAMILY.initialize(model, seed)
     return model
 
 
 @TIED
 def test_initialisation_does_not_depend_on_the_table(tied):
     models = [initialized(table, tie_embeddings=tied) for table in (None, TABLE, np.zeros(V, np.uint8))]
-    tensors = [model.tensors_in_token_order(model.parameters.vector) for model in models]
+    tensors = [model.parameters.tensors_in_token_order(model.parameters.vector) for model in models]
     for a, b in itertools.pairwise(tensors):
         for name in a:
             np.testing.assert_array_equal(a[name], b[name])
@@ -421,22 +429,28 @@ def test_tensors_have_hugging_face_names_and_shapes(tied):
         expected[f"h.{layer}.mlp.c_proj.weight"], expected[f"h.{layer}.mlp.c_proj.bias"] = (24, 6), (6,)
         for name in ("ln_1", "ln_2"):
             expected[f"h.{layer}.{name}.weight"] = expected[f"h.{layer}.{name}.bias"] = (6,)
-    specs = transformer_specs(make_config(tie_embeddings=tied))
+    specs = gpt2_specs(make_config(tie_embeddings=tied))
     assert {spec.name: spec.shape for spec in specs} == expected
     tables = {spec.name for spec in specs if spec.symmetry_rows}
     assert tables == {"wte.weight", "lm_head.weight"} & set(expected)
 
 
+@pytest.mark.parametrize(("width", "heads", "advice"), [(50, 4, "use 48 or 52"), (2, 4, "use 4")])
+def test_heads_must_divide_the_width(width, heads, advice):
+    with pytest.raises(UsageError, match=f"not a multiple of model.n_head = {heads}: {advice}"):
+        specs_of(FAMILY, make_config(n_embd=width, n_head=heads))
+
+
 @TIED
 def test_decay_is_two_runs(tied):
-    specs = transformer_specs(make_config(tie_embeddings=tied))
+    specs = gpt2_specs(make_config(tie_embeddings=tied))
     assert all(spec.decay == (len(spec.shape) == 2) for spec in specs)
     assert [decay for _, _, decay in ParameterLayout(specs).decay_ranges()] == [True, False]
 
 
 def test_gpt2_has_124_million_parameters():
     config = ModelConfig(vocab_size=50257, context_length=1024, n_layer=12, n_head=12, n_embd=768)
-    assert ParameterLayout(transformer_specs(config)).count == 124_439_808
+    assert ParameterLayout(gpt2_specs(config)).count == 124_439_808
 
 
 def test_flops_are_those_of_the_products():
@@ -468,10 +482,10 @@ def allocated(action):
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_who_never_computes_pays_nothing_and_who_does_what_was_planned(dropout):
     config = make_config(context_length=128, n_embd=48, dropout=dropout)
-    vector_bytes = 4 * ParameterLayout(transformer_specs(config)).size
+    vector_bytes = 4 * ParameterLayout(gpt2_specs(config)).size
     warm = np.zeros((4, 128), np.int32)  # scratch of the kernels is not the model's
-    Transformer(config).loss_and_gradients(Batch(warm, warm, np.arange(4), 0, 0), np.zeros(vector_bytes // 4, "f4"))
-    idle, model = allocated(lambda: Transformer(config, micro_batch_size=4))
+    make_gpt2(config).loss_and_gradients(Batch(warm, warm, np.arange(4), 0, 0), np.zeros(vector_bytes // 4, "f4"))
+    idle, model = allocated(lambda: make_gpt2(config, micro_batch_size=4))
     assert idle < 1.1 * vector_bytes + 100_000
     rows = np.zeros((4, 128), np.int32)
     batch, gradients = Batch(rows, rows, np.arange(4), 0, 0), model.parameters.new_vector()

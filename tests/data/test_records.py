@@ -4,27 +4,26 @@ import numpy as np
 import pytest
 from forms import both_forms
 
-from hiermpi.data import rows
-from hiermpi.data.rows import RowReader, unpack_rows
-from hiermpi.data.sampling import Draw, Sampler
+from hiermpi.data.sequences import Draw, RecordReader, Sampler, unpack_records
+from hiermpi.kernels import loops
 
-form = both_forms(rows)
+form = both_forms(loops)
 
 
 def make_reader(dtype, length, vocab=70, groups=12, n_tokens=5000):
     generator = np.random.default_rng(length)
     tokens = generator.integers(0, vocab, n_tokens).astype(dtype)
     row_of_token = generator.permutation(vocab).astype(np.int32)
-    return RowReader(tokens, length, row_of_token, (np.arange(vocab) % groups).astype(np.uint8), groups + 1)
+    return RecordReader(tokens, length, row_of_token, (np.arange(vocab) % groups).astype(np.uint8), groups + 1)
 
 
 @pytest.mark.parametrize("dtype", [np.uint16, np.uint32])
 @pytest.mark.parametrize("length", [2, 3, 4, 5, 8, 9, 65])
-def test_rows_and_counts_sequence_by_sequence(dtype, length):
+def test_records_and_counts_sequence_by_sequence(dtype, length):
     reader = make_reader(dtype, length)
     drawn = Sampler(len(reader.tokens), length - 1, seed=3).draw(7, 11)
     made, counts = reader.read(drawn)
-    ids, mapped = unpack_rows(made)
+    ids, mapped = unpack_records(made)
     assert np.array_equal(ids, drawn.sequence_ids)
     for index, start in enumerate(drawn.starts):
         tokens = reader.tokens[start : start + length]
@@ -35,12 +34,12 @@ def test_rows_and_counts_sequence_by_sequence(dtype, length):
 def test_the_last_tokens_of_the_split_are_read():
     reader = make_reader(np.uint16, 9)
     made, _ = reader.read(Draw(np.array([2**40]), np.array([len(reader.tokens) - 9])))
-    ids, mapped = unpack_rows(made)
+    ids, mapped = unpack_records(made)
     assert ids.tolist() == [2**40]
     assert np.array_equal(mapped[0], reader.row_of_token[reader.tokens[-9:]])
 
 
-def test_rows_last_until_the_call_after_the_next():
+def test_records_last_until_the_call_after_the_next():
     reader = make_reader(np.uint16, 9)
     sampler = Sampler(len(reader.tokens), 8, seed=1)
     first, _ = reader.read(sampler.draw(0, 6))

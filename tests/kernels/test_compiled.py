@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 
 from hiermpi.errors import UsageError
-from hiermpi.kernels import available_levels, load_kernels
+from hiermpi.kernels import available_levels, load_kernels, using_kernels
 from hiermpi.kernels.dropout import sequence_keys, threshold_of
 from hiermpi.kernels.layers import NO_KEYS, ReferenceKernels, padded
-from hiermpi.optimizer.adamw import adamw_update
-from hiermpi.optimizer.norm import block_sums
+from hiermpi.optimizer.adamw import AdamW
+from hiermpi.optimizer.rules import Hyper, Values
 
 AVAILABLE = available_levels()
 JUDGE = ReferenceKernels()
@@ -186,14 +186,15 @@ def test_cross_entropy(kernels, shape, gradient):
 @pytest.mark.parametrize("size", [1, 7, 16, 100])
 def test_adamw_and_sums(kernels, size):
     def update(k, p, g, m, v):
-        numbers = {"count": 3, "learning_rate": 0.1, "beta1": 0.9, "beta2": 0.99, "weight_decay": 0.1, "scale": 0.5}
-        ranges = [(0, size // 2, True), (size // 2, size, False)]
-        adamw_update(p, g, m, v, **numbers, decay_ranges=ranges, out_parameters=p, out_m=m, out_v=v, kernels=k)
+        hyper = Hyper(3, 0.1, 0.5, 0.1, 0.9, 0.99, {}, None)
+        for part, decay in ((slice(0, size // 2), 0.1), (slice(size // 2, size), 0.0)):
+            values = Values(p[part], {"m": m[part], "v": v[part]})
+            AdamW(k).update(values, values, g[part], hyper._replace(weight_decay=decay))
 
     agree(kernels, [normal(0, size), normal(1, size), normal(2, size), normal(3, size) ** 2], update)
     bounds = np.array([[0, size // 2], [size // 2, size]], np.int64)
     sums, vector = np.zeros(2), normal(4, size).astype(np.float32)
-    block_sums(vector, bounds, sums, kernels)
+    kernels.block_sums(sums, vector, bounds)
     expected = [float(np.dot(v := vector[a:b].astype(np.float64), v)) for a, b in bounds]
     assert sums == pytest.approx(expected, rel=1e-12)
     buffers = normal(5, 3, size)
@@ -223,7 +224,7 @@ def test_what_is_not_finite_stays_so(kernels, bad, place, monkeypatch):
     with np.errstate(invalid="ignore"):
         kernels.product(out, x, x.T)
     assert not np.isfinite(out[1]).all()
-    for own in {False, kernels.name == "avx512"}:
+    for own in (False, True):
         monkeypatch.setattr(kernels, "own_products", own)
         with np.errstate(invalid="ignore"):
             kernels.product_gelu(out, slope := np.zeros_like(out), x, np.ascontiguousarray(x.T), one[:3])
@@ -231,7 +232,7 @@ def test_what_is_not_finite_stays_so(kernels, bad, place, monkeypatch):
         assert not np.isfinite(out[1]).all()
         assert not np.isfinite(grown[1]).all()
     sums = np.zeros(1)
-    block_sums(x.reshape(-1), np.array([[0, x.size]], np.int64), sums, kernels)
+    kernels.block_sums(sums, x.reshape(-1), np.array([[0, x.size]], np.int64))
     assert not np.isfinite(sums[0])
 
 
@@ -239,4 +240,7 @@ def test_choices(monkeypatch):
     with pytest.raises(UsageError, match="expected one of"):
         load_kernels("fast")
     monkeypatch.setenv("HIERMPI_KERNELS", "plain")
-    assert load_kernels.__wrapped__().name == "plain"
+    assert load_kernels().name == "plain"
+    with using_kernels("numpy"):
+        assert load_kernels().name == "numpy"
+    assert load_kernels().name == "plain"

@@ -1,4 +1,4 @@
-"""Gates and mailboxes: nobody passes too early, numbers are those of the round, with node.c and without."""
+"""Gates and mailboxes: nobody passes too early, numbers are those of the round, compiled and polling."""
 
 import time
 
@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 from collective import collective_assert
 
-from hiermpi.communication import shared_memory
 from hiermpi.communication.autotune import make_reduction
 from hiermpi.communication.communicators import Communicators
+from hiermpi.communication.node import NodeMemory
 from hiermpi.communication.reduction import Vectors
 from hiermpi.communication.scatter import SharedScatter
-from hiermpi.communication.shared_memory import Gate, Mailboxes, NodeMemory
 from hiermpi.hierarchy.ownership import owned_by_root
+from hiermpi.kernels import gates
+from hiermpi.kernels.gates import gate_bytes, mailbox_bytes, make_gate, make_mailboxes
 from hiermpi.kernels.memory import offsets_of
 
 pytestmark = pytest.mark.mpi
@@ -23,9 +24,9 @@ ROUNDS = 30
 def form(request, monkeypatch):
     """Both forms, where this installation has the compiled one."""
     if request.param == "polling":
-        monkeypatch.setattr(shared_memory, "node_library", lambda: None)
-    elif shared_memory.node_library() is None:
-        pytest.skip("node.c was not built")
+        monkeypatch.setattr(gates, "gates_library", lambda: None)
+    elif not gates.can_sleep():
+        pytest.skip("gates.c was not built")
 
 
 @pytest.fixture
@@ -38,10 +39,10 @@ def comms(comm):
 def test_nobody_passes_before_the_members_arrive(comms):
     node = comms.node
     members = sorted({0, node.size - 1, node.size // 2})
-    *offsets, end = offsets_of(Gate.nbytes(len(members)), Gate.nbytes(node.size), 8 * node.size)
+    *offsets, end = offsets_of(gate_bytes(len(members)), gate_bytes(node.size), 8 * node.size)
     memory = NodeMemory(node, end, comms.waiter)
-    some = Gate(memory, offsets[0], members, comms.waiter)
-    everyone = Gate(memory, offsets[1], range(node.size), comms.waiter)
+    some = make_gate(memory, offsets[0], members, comms.waiter)
+    everyone = make_gate(memory, offsets[1], range(node.size), comms.waiter)
     written = memory.array(offsets[2], (node.size,), np.int64)
     seen = []
     for turn in range(1, ROUNDS):
@@ -57,10 +58,10 @@ def test_nobody_passes_before_the_members_arrive(comms):
 
 
 def test_a_wait_longer_than_the_kernel_sleeps(comms, monkeypatch):
-    monkeypatch.setattr("hiermpi.communication.shared_memory.LONGEST_KERNEL_SLEEP_NS", 1_000_000)
+    monkeypatch.setattr("hiermpi.kernels.gates.LONGEST_KERNEL_SLEEP_NS", 1_000_000)
     node = comms.node
-    memory = NodeMemory(node, Gate.nbytes(1), comms.waiter)
-    gate = Gate(memory, 0, [0], comms.waiter)
+    memory = NodeMemory(node, gate_bytes(1), comms.waiter)
+    gate = make_gate(memory, 0, [0], comms.waiter)
     waited = comms.waiter.seconds
     if node.rank == 0:
         time.sleep(0.05)
@@ -70,26 +71,30 @@ def test_a_wait_longer_than_the_kernel_sleeps(comms, monkeypatch):
 
 def test_the_count_wraps_around(comms):
     node = comms.node
-    memory = NodeMemory(node, Gate.nbytes(node.size), comms.waiter)
-    gate = Gate(memory, 0, range(node.size), comms.waiter)
+    memory = NodeMemory(node, gate_bytes(node.size), comms.waiter)
+    gate = make_gate(memory, 0, range(node.size), comms.waiter)
     # As if there had been nearly 2^32 arrivals: a round less than what makes the count wrap.
-    gate.state.round = 2**32 // node.size - 2
-    if node.rank == 0:
-        memory.array(0, (1,), np.uint32)[0] = gate.state.round * node.size & 0xFFFFFFFF
-        if memory.library is None:
-            gate._arrivals[:] = gate.state.round
+    before = 2**32 // node.size - 2
+    if memory.sleeps:
+        gate.state.round = before
+        if node.rank == 0:
+            memory.array(0, (1,), np.uint32)[0] = before * node.size & 0xFFFFFFFF
+    else:
+        gate.round = before
+        if node.rank == 0:
+            gate.arrivals[:] = before
     comms.waiter.wait(node.Ibarrier())
     for _ in range(6):
         gate.meet()
-    collective_assert(comms.world, memory.library is None or int(memory.array(0, (1,), np.uint32)[0]) < 100 * node.size)
+    collective_assert(comms.world, not memory.sleeps or int(memory.array(0, (1,), np.uint32)[0]) < 100 * node.size)
 
 
 def test_mailboxes_hold_the_numbers_of_the_round(comms):
     node = comms.node
-    *offsets, end = offsets_of(Gate.nbytes(node.size), Mailboxes.nbytes(node.size))
+    *offsets, end = offsets_of(gate_bytes(node.size), mailbox_bytes(node.size))
     memory = NodeMemory(node, end, comms.waiter)
-    gate = Gate(memory, offsets[0], range(node.size), comms.waiter)
-    boxes = Mailboxes(memory, offsets[1], gate)
+    gate = make_gate(memory, offsets[0], range(node.size), comms.waiter)
+    boxes = make_mailboxes(memory, offsets[1], gate)
     found = []
     for turn in range(ROUNDS):
         if node.rank == turn % node.size:

@@ -10,9 +10,7 @@ from hiermpi.kernels import available_levels, load_kernels
 from hiermpi.kernels.layers import ReferenceKernels
 from hiermpi.optimizer.sums import (
     UNIT,
-    add_fixed,
     differing,
-    from_fixed,
     largest_addend,
     rounded_loss,
     unit_sequences,
@@ -40,10 +38,10 @@ def test_each_form_gives_the_same_bits(kernels, n, fresh):
     x, before = values(n), np.random.default_rng(1).integers(-(10**15), 10**15, n)
     expected = (0 if fresh else before) + np.array([round(float(v) / UNIT) for v in x])  # ties to even
     sums = before.copy()
-    assert add_fixed(sums, x, largest_addend(3), fresh, kernels)
+    assert kernels.add_fixed(sums, x, UNIT, largest_addend(3), fresh)
     np.testing.assert_array_equal(sums, expected)
     out = np.empty(n, np.float32)
-    from_fixed(out, sums, kernels)
+    kernels.from_fixed(out, sums, UNIT)
     np.testing.assert_array_equal(out, (expected.astype(np.float64) * UNIT).astype(np.float32))
 
 
@@ -51,9 +49,9 @@ def test_each_form_gives_the_same_bits(kernels, n, fresh):
 @pytest.mark.parametrize("place", [0, 15, 16, 36])
 def test_what_must_not_be_added_is_seen(kernels, bad, place):
     x = np.ones(37, np.float32)
-    assert add_fixed(np.zeros(37, np.int64), x, largest_addend(1), True, kernels)
+    assert kernels.add_fixed(np.zeros(37, np.int64), x, UNIT, largest_addend(1), True)
     x[place] = bad
-    assert not add_fixed(np.zeros(37, np.int64), x, largest_addend(1), True, kernels)
+    assert not kernels.add_fixed(np.zeros(37, np.int64), x, UNIT, largest_addend(1), True)
 
 
 def test_the_sum_of_the_largest_addends_does_not_wrap(kernels):
@@ -62,7 +60,7 @@ def test_the_sum_of_the_largest_addends_does_not_wrap(kernels):
         x = np.full(5, np.nextafter(np.float32(limit), np.float32(0)), np.float32)
         sums = np.zeros(5, np.int64)
         for _ in range(n_units):
-            assert add_fixed(sums, x, limit, False, kernels)
+            assert kernels.add_fixed(sums, x, UNIT, limit, False)
         assert (sums > 0).all()
         assert sums[0] * UNIT == pytest.approx(n_units * float(x[0]))
 
@@ -74,8 +72,8 @@ def test_no_less_exact_than_float32(kernels):
     single, fixed, out = np.zeros(5000, np.float32), np.zeros(5000, np.int64), np.empty(5000, np.float32)
     for part in parts:
         single += part
-        add_fixed(fixed, part, largest_addend(40), False, kernels)
-    from_fixed(out, fixed, kernels)
+        kernels.add_fixed(fixed, part, UNIT, largest_addend(40), False)
+    kernels.from_fixed(out, fixed, UNIT)
     for norm in (np.linalg.norm, lambda e: np.abs(e).max()):
         assert norm(out - exact) <= norm(single - exact)
     assert np.abs(fixed * UNIT - exact).max() <= 40 * UNIT / 2

@@ -6,7 +6,8 @@ import pytest
 from hiermpi.config.schema import OptimizerConfig
 from hiermpi.hierarchy.ownership import owned_by_root
 from hiermpi.model.parameters import ParameterBuffer, TensorSpec
-from hiermpi.optimizer.adamw import Moments
+from hiermpi.optimizer.adamw import RULE
+from hiermpi.optimizer.rules import cosine
 from hiermpi.optimizer.update import Optimizer, OptimizerSettings
 
 SIZE = 640
@@ -16,9 +17,9 @@ def made(slots):
     """An optimizer of ones, and its parameters."""
     storage = [np.ones(SIZE, np.float32), np.full(SIZE, np.nan, np.float32)][:slots]
     parameters = ParameterBuffer([TensorSpec("w", (64, 10), decay=True)], storage=storage)
-    moments = [Moments(np.zeros(SIZE, np.float32), np.zeros(SIZE, np.float32)) for _ in range(slots)]
-    settings = OptimizerSettings(OptimizerConfig(), grad_clip=1.0, steps=10)
-    return Optimizer(parameters, settings, moments, owned_by_root(SIZE)), parameters
+    states = [{name: np.zeros(SIZE, np.float32) for name in RULE.state} for _ in range(slots)]
+    settings = OptimizerSettings(OptimizerConfig(), grad_clip=1.0, steps=10, schedule=cosine)
+    return Optimizer(parameters, settings, states, owned_by_root(SIZE), 0, RULE), parameters
 
 
 def gradients(step):
@@ -26,7 +27,7 @@ def gradients(step):
 
 
 def state(optimizer, parameters):
-    return [optimizer.count, *(array.copy() for array in (parameters.vector, *optimizer.moments))]
+    return [optimizer.updates, *(array.copy() for array in (parameters.vector, *optimizer.state.values()))]
 
 
 @pytest.mark.parametrize("slots", [1, 2])
@@ -40,7 +41,7 @@ def test_updates_do_not_depend_on_the_slots(slots):
             one.commit()
     for ours, theirs in zip(state(optimizer, parameters), state(expected, reference), strict=True):
         np.testing.assert_array_equal(ours, theirs)
-    assert optimizer.count == 5
+    assert optimizer.updates == 5
 
 
 def test_an_update_that_is_not_committed_leaves_no_trace():

@@ -4,7 +4,7 @@ from math import cos, pi
 
 import pytest
 
-from hiermpi.optimizer.schedule import warmup_cosine
+from hiermpi.optimizer.rules import cosine as warmup_cosine
 
 PEAK, LOWEST, WARMUP, END = 1e-3, 1e-4, 10, 110
 SETTINGS = {"learning_rate": PEAK, "min_learning_rate": LOWEST, "warmup_steps": WARMUP, "decay_steps": END}

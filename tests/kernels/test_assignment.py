@@ -5,11 +5,11 @@ import pytest
 from forms import both_forms
 from scipy.optimize import linear_sum_assignment
 
-from hiermpi.kernels import assignment as transport
+from hiermpi.kernels import assignment, loops
 from hiermpi.kernels.assignment import assign, clearing_prices
 
-BUILT = transport.compiled_loops()
-form = both_forms(transport)
+BUILT = loops.compiled_loops()
+form = both_forms(loops)
 
 
 def value(affinity, bins):
@@ -121,10 +121,10 @@ def test_full_size_has_no_gap_to_the_dual(kind, capacity):
 @pytest.mark.parametrize("kind", ["text", "wide", "tied", "equal"])
 def test_good_prices_leave_few_paths(kind, monkeypatch):
     """Speed without a clock: from no prices at all, thousands of the units would need a path each."""
-    monkeypatch.setattr(transport, "compiled_loops", lambda: None)
+    monkeypatch.setattr(loops, "compiled_loops", lambda: None)
     paths = []
-    move = transport._Assignment._move
-    monkeypatch.setattr(transport._Assignment, "_move", lambda *args: paths.append(args) or move(*args))
+    move = assignment._Assignment._move
+    monkeypatch.setattr(assignment._Assignment, "_move", lambda *args: paths.append(args) or move(*args))
     for capacity in CAPACITIES.values():
         paths.clear()
         assign(full_size_affinity(kind), capacity)
@@ -220,7 +220,7 @@ def made_in_both_forms(monkeypatch, make):
     """What ``make`` returns with loops.c, and without."""
     made = []
     for built in (BUILT, None):
-        monkeypatch.setattr(transport, "compiled_loops", lambda built=built: built)
+        monkeypatch.setattr(loops, "compiled_loops", lambda built=built: built)
         made.append(make())
     return made
 
@@ -238,7 +238,7 @@ def test_the_compiled_form_begins_at_prices_as_numpy_does(largest, monkeypatch):
 def test_the_compiled_form_makes_the_same_moves(largest, monkeypatch):
     for affinity, capacity, prices in priced_cases(largest):
         case = affinity, np.minimum(capacity, len(affinity)), prices
-        compiled, numpy = made_in_both_forms(monkeypatch, lambda case=case: transport._balanced(*case))
+        compiled, numpy = made_in_both_forms(monkeypatch, lambda case=case: assignment._balanced(*case))
         for part in ("place", "load", "idle", "loss"):
             np.testing.assert_array_equal(getattr(compiled, part), getattr(numpy, part))
 
@@ -251,9 +251,9 @@ def test_the_compiled_form_starts_from_no_prices(largest, monkeypatch):
         for slack in (0, 3, 50):
             affinity, capacity = random_case(generator, n, largest, slack)
             case = affinity, np.minimum(capacity, n), np.zeros(len(capacity), np.int64)
-            made = made_in_both_forms(monkeypatch, lambda case=case: transport._balanced(*case))
-            chosen = [assignment.place for assignment in made]
-            monkeypatch.setattr(transport, "compiled_loops", lambda: BUILT)
+            made = made_in_both_forms(monkeypatch, lambda case=case: assignment._balanced(*case))
+            chosen = [found.place for found in made]
+            monkeypatch.setattr(loops, "compiled_loops", lambda: BUILT)
             chosen.append(assign(affinity, capacity))
             chosen.append(assign(affinity.astype(np.int32), capacity))
             assert all(np.array_equal(one, chosen[0]) for one in chosen)

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from hiermpi.config.schema import ModelConfig
-from hiermpi.model.decoder import Decoder, Sampling, generate, sample
-from hiermpi.model.transformer import Transformer
+from hiermpi.errors import UserError
+from hiermpi.model.generation import Sampling, WindowDecoder, generate, make_decoder, sample, token_logits
+from hiermpi.model.gpt2 import FAMILY, GPT2Decoder, make_gpt2
 
 
 @pytest.fixture(params=[True, False])
@@ -13,8 +14,8 @@ def model(request):
     config = ModelConfig(
         vocab_size=29, context_length=9, n_layer=2, n_head=3, n_embd=12, tie_embeddings=request.param
     )
-    model = Transformer(config, dtype=np.float64)
-    model.initialize(3)
+    model = make_gpt2(config, dtype=np.float64)
+    FAMILY.initialize(model, 3)
     for spec in model.parameters.specs:  # far from the initial values, where everything matters
         model.parameters[spec.name][...] += 0.3 * np.random.default_rng(1).standard_normal(spec.shape)
     return model
@@ -22,29 +23,50 @@ def model(request):
 
 def uncached(model, tokens):
     window = np.array(tokens[-model.config.context_length :])
-    return model.logits(model.symmetry.row_of_token[window][None].astype(np.int32))[0, -1]
+    return token_logits(model, window[None])[0, -1]
 
 
-def test_equal_to_the_uncached_path(model):
+def extend(decoder, model, tokens):
+    """Logits in token order after more token ids."""
+    row_of_token = model.parameters.row_of_token
+    return decoder.extend(row_of_token[np.array(tokens)])[row_of_token]
+
+
+@pytest.mark.parametrize("kind", ["cached", "window"])
+def test_equal_to_the_uncached_path(model, kind):
     tokens = [3, 1, 4]
-    decoder = Decoder(model)
-    logits = decoder.extend(tokens)
+    decoder = make_decoder(model, 9) if kind == "cached" else WindowDecoder(model, 9)
+    assert isinstance(decoder, GPT2Decoder if kind == "cached" else WindowDecoder)
+    logits = extend(decoder, model, tokens)
     for token in np.random.default_rng(0).integers(0, 29, 20):
         assert np.allclose(logits, uncached(model, tokens), rtol=1e-9, atol=1e-9)
         tokens.append(int(token))
-        logits = decoder.extend([int(token)])
+        logits = extend(decoder, model, [int(token)])
 
 
 def test_a_long_prompt_keeps_its_end(model):
     tokens = list(range(25))
-    assert np.allclose(Decoder(model).extend(tokens), uncached(model, tokens), rtol=1e-9, atol=1e-9)
+    assert np.allclose(extend(make_decoder(model, 9), model, tokens), uncached(model, tokens), rtol=1e-9, atol=1e-9)
+
+
+def test_a_model_without_logits_is_refused(model):
+    with pytest.raises(UserError, match="gives no logits"):
+        make_decoder(object(), 9)
+
+
+def test_training_and_decoding_compute_the_same_in_float32():
+    config = ModelConfig(vocab_size=29, context_length=9, n_layer=2, n_head=3, n_embd=12)
+    model = make_gpt2(config)
+    FAMILY.initialize(model, 3)
+    decoder, tokens = make_decoder(model, 9), [3, 1, 4, 1, 5]
+    assert np.allclose(extend(decoder, model, tokens), uncached(model, tokens), rtol=1e-5, atol=1e-6)
 
 
 def test_same_seed_same_tokens(model):
-    one, two, other = (list(generate(model, [1], 15, seed, Sampling())) for seed in (5, 5, 6))
+    one, two, other = (list(generate(model, [1], 15, seed, Sampling(), 9)) for seed in (5, 5, 6))
     assert one == two != other
-    greedy = list(generate(model, [1], 5, 0, Sampling(temperature=0.0)))
-    assert greedy == list(generate(model, [1], 5, 9, Sampling(temperature=0.0)))
+    greedy = list(generate(model, [1], 5, 0, Sampling(temperature=0.0), 9))
+    assert greedy == list(generate(model, [1], 5, 9, Sampling(temperature=0.0), 9))
 
 
 def test_sampling_follows_the_distribution():
@@ -64,4 +86,4 @@ def test_sampling_follows_the_distribution():
 
 
 def test_spare_rows_are_never_chosen(model):
-    assert max(generate(model, [1], 40, 0, Sampling(temperature=50.0), vocab_size=4)) < 4
+    assert max(generate(model, [1], 40, 0, Sampling(temperature=50.0), 9, vocab_size=4)) < 4

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from hiermpi.data.sampling import Sampler, evaluation_windows
+from hiermpi.data.sequences import Sampler, evaluation_windows
 
 
 def test_each_sequence_once_an_epoch():
