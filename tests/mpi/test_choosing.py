@@ -15,7 +15,7 @@ from hiermpi.communication.reduction import Vectors
 from hiermpi.errors import PluginError, UsageError, UserError
 from hiermpi.hierarchy.ownership import Ownership, owned_by_root
 from hiermpi.registry import REDUCTIONS
-from runs import TINY, make_dataset, train_on
+from runs import TINY, losses, make_dataset, train_on
 
 
 @pytest.mark.mpi
@@ -91,6 +91,25 @@ def test_a_reduction_from_outside(comm, setting, dtype):
     collective_assert(comm, np.array_equal(total, expected))
     how.free()
     comms.free()
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("placement", ["root", "sharded"])
+def test_a_run_with_a_reduction_from_outside(world, shared_folder, placement):
+    data = shared_folder / "data.h5"
+    if world.rank == 0:
+        make_dataset(shared_folder)
+    options = [*TINY, "--train.steps", "4", "--optimizer.placement", placement, "--hierarchy.reduction"]
+    assert train_on(world, data, shared_folder / "flat", *options, "flat") == 0
+    assert train_on(world, data, shared_folder / "ring", *options, "reductions:Ring") == 0
+    good = world.rank or losses(shared_folder / "ring") == pytest.approx(losses(shared_folder / "flat"), abs=1e-4)
+    collective_assert(world, good)
+    both = [*options, "flat,reductions:Ring"]
+    assert train_on(world, data, shared_folder / "either", *both) == 0
+    kept = shared_folder / "either" / "reductions.json"
+    collective_assert(world, kept.exists() == (world.size > 1))
+    chosen = set(json.loads(kept.read_text()).values()) if world.size > 1 else {"flat"}
+    collective_assert(world, len(chosen) == 1 and chosen <= {"flat", "reductions:Ring"}, chosen)
 
 
 @pytest.mark.mpi
