@@ -10,11 +10,10 @@ The reductions of the package are ``shared`` (:mod:`hiermpi.communication.shared
 that derives from :class:`Reduction`, whose docstring says what it must do.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
-from typing import TypeVar
+from itertools import chain, zip_longest
 
 import numpy as np
 from mpi4py import MPI
@@ -31,7 +30,6 @@ CHUNKS_IN_FLIGHT = 8
 SENDS = 16
 """How many messages of :func:`spread_pieces` and sums by messages are on their way out at once."""
 
-T = TypeVar("T")
 Piece = tuple[NDArray, int]
 """A part of a vector, and the rank that its sum is for, or that it comes from."""
 
@@ -70,8 +68,8 @@ class Reduction:
     ``world`` calls each of these, so that you may use collective operations of any communicator.
 
     **Messages.** Start nonblocking operations and wait with ``self.comms.waiter.wait(request, ...)``: it sleeps where
-    ranks share cores, keeps the account of waiting, and ends a run that hangs. :func:`chunked` does an operation on
-    a vector chunk by chunk; :func:`send_and_receive` does both at once, as a ring does.
+    ranks share cores, keeps the account of waiting, and ends a run that hangs. :meth:`in_chunks` does an operation on a
+    long vector in messages of a good size, :meth:`send_and_receive` two at the same time, as a ring does.
 
     Args:
         comms: the communicators of the hierarchy.
@@ -129,7 +127,7 @@ class Reduction:
             again only after the next collective call.
         """
         for vector in (sums, gradients):
-            chunked(self.comms.waiter, vector, partial(self.comms.world.Iallreduce, MPI.IN_PLACE))
+            self.in_chunks(vector, partial(self.comms.world.Iallreduce, MPI.IN_PLACE))
         return gradients
 
     def exchange(self, values: NDArray[np.float64] | None) -> None:
@@ -141,8 +139,7 @@ class Reduction:
         """
         if values is not None and self.comms.in_control:
             # What is zero elsewhere adds up to what it is.
-            start = partial(self.comms.control.Iallreduce, MPI.IN_PLACE)
-            chunked(self.comms.waiter, values.reshape(-1), start)
+            self.in_chunks(values.reshape(-1), partial(self.comms.control.Iallreduce, MPI.IN_PLACE))
 
     def broadcast(self, verdict: NDArray[np.float64], parameters: NDArray[np.float32]) -> None:
         """Give every rank the verdict and, unless its first number is 0, all parameters. Collective over the world.
@@ -172,6 +169,31 @@ class Reduction:
 
     def free(self) -> None:
         """Free the communicators that were made. Collective over the world."""
+
+    def in_chunks(self, vector: NDArray, start: Callable[[NDArray], MPI.Request]) -> None:
+        """Do a nonblocking operation on every chunk of a vector, a few at a time.
+
+        Args:
+            vector: 1-D, contiguous.
+            start: starts the operation on a view of a part of it, such as ``comm.Iallreduce`` or ``comm.Ibcast``.
+        """
+        chunked(self.comms.waiter, vector, start)
+
+    def send_and_receive(self, sent: NDArray, to: int, received: NDArray, source: int) -> None:
+        """Send one vector to a rank and receive another at the same time.
+
+        Args:
+            sent: 1-D, contiguous.
+            to: the rank of ``world`` that receives it.
+            received: 1-D, contiguous, as long as what ``source`` sends.
+            source: the rank of ``world`` that it comes from.
+        """
+        world = self.comms.world
+        receives = [partial(world.Irecv, chunk, source) for chunk in chunks(received)]
+        sends = [partial(world.Isend, chunk, to) for chunk in chunks(sent)]
+        # In turns: were all sends first, two long ones could wait for each other.
+        both = chain.from_iterable(zip_longest(receives, sends))
+        pipelined(self.comms.waiter, (start for start in both if start is not None))
 
 
 def private_state(size: int, vectors: Vectors) -> list[dict[str, NDArray[np.float32]]]:
@@ -210,30 +232,6 @@ def spread_pieces(waiter: Waiter, comm: MPI.Comm, pieces: Iterable[Piece]) -> No
             if other != root:
                 flying.start(partial(comm.Isend, piece, other))
     flying.finish()
-
-
-def send_and_receive(
-    waiter: Waiter, comm: MPI.Comm, sent: NDArray, to: int, received: NDArray, source: int
-) -> None:
-    """Send one vector and receive another at the same time, in chunks.
-
-    Args:
-        waiter: does the waiting.
-        comm: the communicator of both messages.
-        sent: 1-D, contiguous.
-        to: the rank that receives it.
-        received: 1-D, contiguous, as long as what ``source`` sends.
-        source: the rank that it comes from.
-    """
-    receives = [partial(comm.Irecv, chunk, source) for chunk in chunks(received)]
-    sends = [partial(comm.Isend, chunk, to) for chunk in chunks(sent)]
-    pipelined(waiter, alternating(receives, sends))
-
-
-def alternating(one: Sequence[T], other: Sequence[T]) -> Iterator[T]:
-    """Yield the entries of two lists in turns, and what the longer one has left."""
-    common = min(len(one), len(other))
-    return chain(*zip(one, other, strict=False), one[common:], other[common:])
 
 
 def chunked(waiter: Waiter, vector: NDArray, start: Callable[[NDArray], MPI.Request]) -> None:

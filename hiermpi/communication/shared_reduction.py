@@ -2,7 +2,7 @@
 
 Every rank of a node sums its own slices over the gradients of all ranks there that compute, in the order of the ranks,
 into a vector of the node (:class:`SharedReduction`). On one node that is all (:class:`OneNodeReduction`). Where there
-are several (:class:`SeveralNodesReduction`), the ranks at place k of each node then carry the k-th part of that vector
+are several (:class:`SeveralNodesReduction`), the k-th ranks of all nodes then carry the k-th part of that vector
 between the nodes, each part to the node of its owner, chunk by chunk. There is one copy of the parameters per node, so
 a broadcast inside a node is a barrier. Groups decide routing and ownership, the machine decides the sum.
 """
@@ -57,7 +57,7 @@ class SharedReduction(Reduction):
         self._owned_by = owners_here(ownership, topology, here)
         self._summed_by = summing(ownership, topology, here, dtype.itemsize, os.cpu_count() or 1)
         self._slices = [span for span in spans_of(ownership.bounds, self._summed_by) if span.owner == node.rank]
-        members, summers = range(node.size), places_in(self._summed_by)
+        members, summers = range(node.size), ranks_in(self._summed_by)
         *offsets, end = offsets_of(
             *(gate_bytes(len(some)) for some in (members, members, summers)),
             *[mailbox_bytes(node.size)] * 2,
@@ -123,7 +123,7 @@ class OneNodeReduction(SharedReduction):
     """Sums and parameters where all ranks share memory. Construction is collective over the hierarchy."""
 
     def __init__(self, comms: Communicators, ownership: Ownership, vectors: Vectors) -> None:
-        owners = places_in(owners_here(ownership, comms.topology, 0))
+        owners = ranks_in(owners_here(ownership, comms.topology, 0))
         super().__init__(comms, ownership, vectors, teller=owners[0])
         self._sums_its_own = bool((self._summed_by == self._owned_by).all())
         """Whether every owner sums what it owns, so that it need not wait for others' sums."""
@@ -175,13 +175,13 @@ class SeveralNodesReduction(SharedReduction):
     """
 
     def __init__(self, comms: Communicators, ownership: Ownership, vectors: Vectors) -> None:
-        parts, place = lanes(ownership, comms.topology), comms.node.rank
-        self._carries = place < len(parts)
+        parts, rank = lanes(ownership, comms.topology), comms.node.rank
+        self._carries = rank < len(parts)
         """Whether this rank carries a part between the nodes."""
         here = comms.topology.nodes[comms.rank]
-        self._between = comms.world.Split(place if self._carries else MPI.UNDEFINED, here)
+        self._between = comms.world.Split(rank if self._carries else MPI.UNDEFINED, here)
         """The ranks of all nodes that carry the same part, by node."""
-        self._part = parts[place] if self._carries else []
+        self._part = parts[rank] if self._carries else []
         """That part; here a span's owner is a node."""
         super().__init__(comms, ownership, vectors, teller=0)
 
@@ -243,9 +243,9 @@ class SharedByTopology:
 REDUCTION = SharedByTopology()
 
 
-def places_in(places: NDArray[np.int64]) -> list[int]:
-    """Return the different places on a node that occur in ``places``, in order; those below 0 are elsewhere."""
-    return sorted(set(places[places >= 0].tolist()))
+def ranks_in(ranks: NDArray[np.int64]) -> list[int]:
+    """Return the different ranks of a node that occur in ``ranks``, in order; those below 0 are elsewhere."""
+    return sorted(set(ranks[ranks >= 0].tolist()))
 
 
 def node_state(

@@ -108,7 +108,7 @@ def received_pieces(
     Args:
         comm: the communicator of the messages.
         pieces: those that this rank receives parts of, in the order in which everybody sums them.
-        children: the places below this rank in each piece's tree.
+        children: the positions below this rank in each piece's tree.
     """
     if not pieces:
         return
@@ -131,20 +131,20 @@ def received_pieces(
             begun.append(begin(index + ahead))
 
 
-def children_and_parent(place: int, size: int, direct: bool) -> tuple[list[int], int | None]:
-    """Return the places below and above ``place`` in a tree of ``size`` places with the top at 0.
+def children_and_parent(position: int, size: int, direct: bool) -> tuple[list[int], int | None]:
+    """Return the positions below and above ``position`` in a tree of ``size`` positions with the top at 0.
 
     Args:
-        place: where the rank stands in the tree.
-        size: places of the tree.
-        direct: whether all places stand below the top. Otherwise the tree is binomial: a place's children differ from
-            it in one bit below its lowest set one, its parent in that one.
+        position: where the rank stands in the tree.
+        size: positions of the tree.
+        direct: whether all positions stand below the top. Otherwise the tree is binomial: a position's children differ
+            from it in one bit below its lowest set one, its parent in that one.
     """
     if direct:
-        return ([], 0) if place else (list(range(1, size)), None)
+        return ([], 0) if position else (list(range(1, size)), None)
     children, bit = [], 1
-    while bit < size and not place & bit:
-        if place + bit < size:
-            children.append(place + bit)
+    while bit < size and not position & bit:
+        if position + bit < size:
+            children.append(position + bit)
         bit <<= 1
-    return children, (place - bit if place else None)
+    return children, (position - bit if position else None)

@@ -22,7 +22,7 @@ def test_nodes_of_unequal_size_train_the_same_model(tmp_path):
     hosts.write_text("".join(f"{name} slots={count}\n" for name, count in zip(names, counts, strict=True)))
     launcher = ["--prtemca", "plm", "ssh", "--prtemca", "plm_ssh_agent", str(TESTS / "emulated_ssh.sh")]
     several = ["--hostfile", str(hosts), "--bind-to", "none", "-n", str(sum(counts))]
-    selected = "number_of_nodes or test_sum or test_broadcast or test_any_number or done_again"
+    selected = "number_of_nodes or test_sum or test_broadcast or test_state_is_kept or test_any_number or done_again"
     # ssh would start a login shell: the launcher looks for its daemon on PATH.
     env = environment({"PATH": f"{BIN}:{os.environ['PATH']}", "HIERMPI_TEST_NODES": str(len(counts))})
     del env["PRTE_MCA_rmaps_default_mapping_policy"]  # slots are what the hosts say

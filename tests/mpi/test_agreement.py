@@ -6,7 +6,8 @@ import pytest
 from collective import collective_assert
 from mpi4py import MPI
 
-from hiermpi.communication.agreement import agree, broadcast_object, gather_objects
+from hiermpi.communication import agreement
+from hiermpi.communication.agreement import agree, agreed, broadcast_object, from_root, gather_objects
 from hiermpi.communication.waiting import StallError, Waiter
 from hiermpi.errors import UsageError, UserError
 
@@ -40,6 +41,41 @@ def test_agree_tells_of_other_errors(comm):
     error = KeyError("lost") if comm.rank == comm.size - 1 else None
     with pytest.raises(KeyError if error else RuntimeError, match="lost"):
         agree(comm, error, Waiter())
+
+
+def test_agreed_raises_everywhere_what_one_rank_raises(comm):
+    waiter = Waiter()
+    with agreed(comm, waiter):
+        pass
+    with pytest.raises(UsageError, match=f"from {comm.size - 1}"), agreed(comm, waiter):
+        if comm.rank == comm.size - 1:
+            raise UsageError(f"from {comm.rank}")
+
+
+def test_what_the_root_makes_or_its_error(comm):
+    waiter, called = Waiter(), []
+
+    def make():
+        called.append(comm.rank)
+        return {"by": comm.rank}
+
+    collective_assert(comm, from_root(comm, make, waiter) == {"by": 0})
+    collective_assert(comm, called == ([0] if comm.rank == 0 else []))
+    with pytest.raises(ZeroDivisionError if comm.rank == 0 else RuntimeError, match="division"):
+        from_root(comm, lambda: 1 // 0, waiter)
+
+
+def test_an_error_is_said_where_others_are_late(world, monkeypatch, caplog):
+    if world.size == 1:
+        pytest.skip("nobody is late")
+    monkeypatch.setattr(agreement, "PATIENCE_SECONDS", 0.05)
+    if world.rank == 0:
+        time.sleep(0.3)
+    error = UsageError("lost") if world.rank == world.size - 1 else None
+    with pytest.raises(UsageError, match="lost"):
+        agree(world, error, Waiter())
+    said = [record.getMessage() for record in caplog.records]
+    collective_assert(world, said == (["lost (other ranks have not heard of it yet)"] if error else []), said)
 
 
 def test_a_wait_sleeps_and_is_accounted(world):

@@ -134,15 +134,49 @@ def test_those_who_decide_have_the_sums_and_are_heard(comm, kind, owner):
     comms.free()
 
 
-def test_without_shared_memory_the_tree_takes_over(comm, monkeypatch):
+@pytest.mark.parametrize("names", [("m", "v"), ("momentum",), ()])
+@pytest.mark.parametrize("slots", [1, 2])
+def test_state_is_kept_by_name(comm, kind, slots, names):
+    comms = Communicators(comm, 12)
+    ranks = [0, *comms.topology.control_ranks]
+    blocks = np.arange(0, 1001, 100)
+    ownership = Ownership(blocks, np.arange(10) % len(ranks), np.full(10, -1), ranks)
+    how = make_reduction(kind, comms, ownership, Vectors(slots=slots, state=names)).reduction
+    state = how.state_slots()
+    good = len(state) == slots == len(how.parameter_slots()) and all(tuple(slot) == names for slot in state)
+    vectors = [slot[name] for slot in state for name in names]
+    good = good and all(vector.shape == (1000,) and vector.dtype == np.float32 for vector in vectors)
+    collective_assert(comm, good and not any(vector.any() for vector in vectors), state)
+    comms.waiter.wait(comm.Ibarrier())
+    number = ownership.number(comm.rank)
+    for start, stop, owner in [] if number is None else ownership.spans_of(number):
+        for index, vector in enumerate(vectors):
+            vector[start:stop] = 10 * owner + index
+    comms.waiter.wait(comm.Ibarrier())
+    outlives = how.shares_memory and slots == 2  # then every rank of the node sees what its owners wrote
+    seen = ownership.ranks if outlives else [comm.rank]
+    nodes = comms.topology.nodes
+    for start, stop, owner in ownership.spans:
+        rank = ownership.ranks[owner]
+        if rank in seen and nodes[rank] == nodes[comm.rank]:
+            good = good and all((v[start:stop] == 10 * owner + index).all() for index, v in enumerate(vectors))
+    collective_assert(comm, good, state)
+    how.free()
+    comms.free()
+
+
+def test_without_shared_memory_the_tree_takes_over(comm, monkeypatch, caplog):
     def refuse(*arguments):
         raise OSError(12, "Cannot allocate memory")
 
     monkeypatch.setattr("os.posix_fallocate", refuse)
     comms = Communicators(comm, 12)
-    how = make_reduction("shared", comms, owned_by_root(10), Vectors()).reduction
-    assert how.name == "tree"
-    how.free()
+    chosen = make_reduction("shared", comms, owned_by_root(10), Vectors())
+    assert chosen.name == chosen.reduction.name == "tree"
+    assert comm.rank or "shared memory on this node" in caplog.text
+    assert comm.rank or "hierarchy.reduction = tree is used instead" in caplog.text
+    assert not comm.rank or not caplog.text
+    chosen.reduction.free()
     comms.free()
 
 
