@@ -25,11 +25,11 @@ class Ring(Reduction):
         for step in range(size - 1):
             mine, theirs = parts[(rank - step) % size], parts[(rank - step - 1) % size]
             received = np.empty_like(theirs)
-            self.comms.waiter.wait(world.Isend(mine, right), world.Irecv(received, left))
+            self.send_and_receive(mine, right, received, left)
             theirs += received
         for step in range(size - 1):
             mine, theirs = parts[(rank + 1 - step) % size], parts[(rank - step) % size]
-            self.comms.waiter.wait(world.Isend(mine, right), world.Irecv(theirs, left))
+            self.send_and_receive(mine, right, theirs, left)
         return gradients
 
 

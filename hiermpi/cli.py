@@ -13,9 +13,8 @@ from collections.abc import Sequence
 from typing import NoReturn, TextIO
 
 from hiermpi import __version__, signals
-from hiermpi.commands import Command
+from hiermpi.config.registry import COMMANDS
 from hiermpi.errors import EXIT_ERROR, UsageError, UserError
-from hiermpi.registry import COMMANDS
 
 RANK_VARIABLES = ("OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK", "SLURM_PROCID")
 SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
@@ -90,7 +89,7 @@ def runs_together(argv: Sequence[str]) -> bool:
     """Tell whether the command line asks for something that ranks do together."""
     if not argv or {"-h", "--help", "--version"} & set(argv) or argv[0] not in tuple(COMMANDS):
         return False
-    command: Command = COMMANDS[argv[0]]
+    command = COMMANDS[argv[0]]
     return command.run_together is not None and (command.run is None or launched_ranks() > 1)
 
 
@@ -154,8 +153,7 @@ def run_together(argv: Sequence[str]) -> NoReturn:
     """Run a command on all ranks; leave the process with its exit code."""
     from mpi4py import MPI
 
-    from hiermpi.communication.agreement import from_root
-    from hiermpi.communication.shutdown import run_collectively
+    from hiermpi.communication.agreement import from_root, run_collectively
     from hiermpi.communication.waiting import Waiter
 
     set_up_logging(MPI.COMM_WORLD.rank)

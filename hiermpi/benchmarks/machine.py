@@ -16,8 +16,7 @@ from hiermpi.communication.communicators import Communicators, usable_cores
 from hiermpi.communication.waiting import Waiter
 from hiermpi.config.schema import Config
 from hiermpi.model.contract import Batch, WritingModel, micro_batch_sequences
-from hiermpi.planning.cost import leaf_seconds, predict
-from hiermpi.planning.machine import Line, Machine
+from hiermpi.planning.cost import Line, Machine, leaf_seconds, predict
 from hiermpi.training.assembly import assemble
 from hiermpi.training.batches import BatchSource
 from hiermpi.training.trainer import Trainer

@@ -14,10 +14,10 @@ from hiermpi.communication.agreement import broadcast_object
 from hiermpi.communication.autotune import make_reduction
 from hiermpi.communication.communicators import Communicators, usable_cores
 from hiermpi.communication.reduction import Reduction, Vectors, chunked
+from hiermpi.config.registry import REDUCTIONS
 from hiermpi.config.schema import listed
 from hiermpi.hierarchy.ownership import Ownership, owned_by_root
 from hiermpi.hierarchy.topology import block_bounds
-from hiermpi.registry import REDUCTIONS
 
 SECONDS_PER_SIZE = 15.0
 CALLS_BELOW = 1_000_000

@@ -1,12 +1,20 @@
-"""Errors that all ranks share, and small Python objects that they send each other.
+"""Errors that all ranks share, small Python objects that they send each other, and the one way out.
 
 An error of one rank is raised on all, so that none waits in a collective that another never enters. Arrays never travel
 as objects. All waits sleep.
+
+Every end of a collective command goes through :func:`leave`: the first rank that exits non-zero makes the launcher kill
+the others, so an early ``sys.exit`` would lose the others' work. Ranks meet, finalize, and only then exit.
 """
 
+import contextlib
 import logging
+import os
 import pickle
+import socket
+import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -16,7 +24,7 @@ from mpi4py import MPI
 from numpy.typing import NDArray
 
 from hiermpi.communication.waiting import Waiter
-from hiermpi.errors import UserError
+from hiermpi.errors import EXIT_ERROR, UserError
 
 NOTE_BYTES = 4096
 """Room for an error on its way to the other ranks."""
@@ -122,3 +130,71 @@ def _speak_where_others_are_late(request: MPI.Request, error: Exception) -> None
             logger.error("%s (other ranks have not heard of it yet)", error)
             return
         time.sleep(1e-3)
+
+
+logger = logging.getLogger("hiermpi")
+
+ErrorSink = Callable[[int, str], str | None]
+"""Stores (rank, traceback) and returns where, or None where it could not."""
+
+_error_sink: ErrorSink | None = None
+
+
+def set_error_sink(sink: ErrorSink | None) -> None:
+    """Set where the traceback of an unexpected error goes from now on; None is stderr, as at the start."""
+    global _error_sink
+    _error_sink = sink
+
+
+def run_collectively(body: Callable[[MPI.Comm], int]) -> None:
+    """Run ``body`` on every rank and leave the process with its exit code; never returns.
+
+    A :class:`UserError` that every rank raises (see :func:`agree`) is printed by rank 0. Any other exception, on
+    whichever rank, is reported once and ends the whole job.
+    """
+    world = MPI.COMM_WORLD
+    try:
+        code = body(world)
+    except UserError as error:
+        if world.rank == 0 or not error.everywhere:
+            logger.error("%s", error)
+        code = error.exit_code
+        if not error.everywhere and world.size > 1:
+            flush()
+            world.Abort(code)
+    except BaseException as error:  # noqa: BLE001  (whatever it is, the other ranks must not wait for this one)
+        abort(error)
+    leave(code)
+
+
+def leave(code: int) -> None:
+    """End this process with ``code`` once every rank is here; never returns. Collective over COMM_WORLD."""
+    flush()
+    Waiter().wait(MPI.COMM_WORLD.Ibarrier())
+    MPI.Finalize()
+    os._exit(code)  # under -m mpi4py a SystemExit would be an MPI_Abort
+
+
+def abort(error: BaseException) -> None:
+    """Report ``error`` with rank and host and end all ranks; never returns."""
+    rank = MPI.COMM_WORLD.rank
+    time.sleep(min(0.02 * rank, 1.0))  # where all ranks fail alike, the first one speaks for all
+    try:
+        where = _error_sink(rank, "".join(traceback.format_exception(error))) if _error_sink else None
+    except Exception:  # noqa: BLE001  (a full disk must not hide the first error)
+        where = None
+    if where is None:
+        sys.stderr.write("".join(traceback.format_tb(error.__traceback__)))
+    reason = "interrupted" if isinstance(error, KeyboardInterrupt) else f"{type(error).__name__}: {error}"
+    hint = f"; the traceback is in {where}" if where else ""
+    logger.critical("rank %d on %s failed: %s%s", rank, socket.gethostname(), reason, hint)
+    flush()
+    MPI.COMM_WORLD.Abort(EXIT_ERROR)
+    os._exit(EXIT_ERROR)
+
+
+def flush() -> None:
+    """Write out what the standard streams still hold."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):
+            stream.flush()

@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 from hiermpi.communication.agreement import agreed
 from hiermpi.communication.communicators import Communicators
 from hiermpi.communication.reduction import Reduction, Vectors
+from hiermpi.config.registry import REDUCTIONS
 from hiermpi.errors import PluginError, UserError
 from hiermpi.hierarchy.ownership import Ownership
 from hiermpi.kernels.memory import give_back_memory, lazy_zeros
-from hiermpi.registry import REDUCTIONS
 
 FALLBACK = "tree"
 """Takes the place of a reduction of the package's that cannot be had on these ranks."""

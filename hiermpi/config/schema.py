@@ -12,8 +12,8 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Lt
 
+from hiermpi.config.registry import FAMILIES, REDUCTIONS, ROUTINGS, RULES, SCHEDULES, SINKS, Registry
 from hiermpi.errors import UsageError
-from hiermpi.registry import FAMILIES, REDUCTIONS, ROUTINGS, RULES, SCHEDULES, SINKS, Registry
 
 PositiveInt = Annotated[int, Ge(1)]
 CountOrZero = Annotated[int, Ge(0)]

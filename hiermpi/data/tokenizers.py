@@ -1,16 +1,30 @@
-"""Tokenizers: bytes to token ids and back."""
+"""Tokenizers: bytes to token ids and back.
+
+Byte-level byte pair encoding is GPT-2's (Sennrich, Haddow and Birch, arXiv 1508.07909; Radford et al. 2019). The merging
+itself is the ``tokenizers`` library's (extra ``bpe``), which is imported only where text is encoded; decoding needs no
+library.
+"""
 
 import json
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hiermpi.data.bpe import BpeTokenizer
+from hiermpi.data.documents import cut_place
 from hiermpi.errors import DamagedFile, UserError
 
+if TYPE_CHECKING:
+    import tokenizers
+
 MOST_CHARACTERS = 0x110000
+FEWEST_BPE_TOKENS = 257
+LONGEST_TOKEN = 64
+"""Bytes: a token is a word, not a line of dashes."""
+PIECE_BYTES = 1 << 14
+"""Bytes encoded at once."""
 
 
 class Tokenizer(Protocol):
@@ -95,6 +109,109 @@ class NoTokenizer:
 
     def to_json(self) -> str:
         return json.dumps({"kind": self.kind, "vocab_size": self.vocab_size})
+
+
+def byte_alphabet() -> str:
+    """The printable character that stands for each of the 256 bytes in GPT-2's vocabularies."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = iter(range(0x100, 0x200))
+    return "".join(chr(byte if byte in printable else next(others)) for byte in range(256))
+
+
+BYTE_OF = {character: byte for byte, character in enumerate(byte_alphabet())}
+
+
+class BpeTokenizer:
+    """Byte-level byte pair encoding.
+
+    Args:
+        vocabulary: the token of each id, every byte as its character of :func:`byte_alphabet`.
+        merges: pairs of tokens, in the order in which they are merged.
+
+    Raises:
+        ValueError: a token or merge that cannot be.
+    """
+
+    kind = "bpe"
+
+    def __init__(self, vocabulary: Sequence[str], merges: Sequence[Sequence[str]]) -> None:
+        known = set(vocabulary)
+        if len(known) != len(vocabulary) or "" in known or not known.issuperset(BYTE_OF):
+            raise ValueError("the vocabulary lacks a byte, or has a token twice")
+        if not all(isinstance(token, str) and BYTE_OF.keys() >= set(token) for token in vocabulary):
+            raise ValueError("the vocabulary has a token that is not a text of bytes")
+        if not all(len(pair) == 2 and {*pair, "".join(pair)} <= known for pair in merges):
+            raise ValueError("a merge is not of two tokens that make a third")
+        self.vocabulary = list(vocabulary)
+        self.merges = [(left, right) for left, right in merges]
+        self.vocab_size = len(vocabulary)
+
+    def encode(self, text: bytes) -> NDArray[np.uint32]:
+        pieces = [piece.decode() for piece in pieces_of(text)]
+        found = self._library.encode_batch_fast(pieces, add_special_tokens=False)
+        return np.concatenate([np.array(piece.ids, np.uint32) for piece in found] or [np.empty(0, np.uint32)])
+
+    def decode(self, ids: NDArray[np.integer] | Sequence[int]) -> bytes:
+        return b"".join(self._bytes[i] for i in ids)
+
+    def to_json(self) -> str:
+        return json.dumps({"kind": self.kind, "vocabulary": self.vocabulary, "merges": self.merges})
+
+    def renumbered(self, order: Sequence[int]) -> "BpeTokenizer":
+        """The same tokenizer, in which the token with the id ``order[i]`` has the id ``i``."""
+        return BpeTokenizer([self.vocabulary[i] for i in order], self.merges)
+
+    @cached_property
+    def _bytes(self) -> list[bytes]:
+        return [bytes(BYTE_OF[character] for character in token) for token in self.vocabulary]
+
+    @cached_property
+    def _library(self) -> "tokenizers.Tokenizer":
+        library = load_library()
+        ids = {token: index for index, token in enumerate(self.vocabulary)}
+        built = library.Tokenizer(library.models.BPE(vocab=ids, merges=self.merges))
+        built.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
+        return built
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int) -> BpeTokenizer:
+    """Learn ``vocab_size`` tokens (fewer where the texts do not give so many), in the order of their merges.
+
+    The library counts words on all cores that this process may use.
+    """
+    library = load_library()
+    learner = library.Tokenizer(library.models.BPE())
+    learner.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = library.trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        initial_alphabet=library.pre_tokenizers.ByteLevel.alphabet(),
+        max_token_length=LONGEST_TOKEN,
+        show_progress=False,
+    )
+    learner.train_from_iterator(texts, trainer)
+    model = json.loads(learner.to_str())["model"]
+    merges = [tuple(pair.split(" ")) if isinstance(pair, str) else pair for pair in model["merges"]]
+    return BpeTokenizer(sorted(model["vocab"], key=model["vocab"].__getitem__), merges)
+
+
+def load_library() -> Any:
+    """The ``tokenizers`` library. Raises UserError where it is missing."""
+    try:
+        import tokenizers
+    except ImportError:
+        raise UserError("bpe needs the tokenizers library: pip install 'hiermpi[bpe]'") from None
+    return tokenizers
+
+
+def pieces_of(text: bytes) -> Iterator[bytes]:
+    """``text`` in pieces of at most :data:`PIECE_BYTES`, cut where a line starts."""
+    start = 0
+    while start < len(text):
+        piece = text[start : start + PIECE_BYTES]
+        if start + len(piece) < len(text):
+            piece = piece[: cut_place(piece)]
+        start += len(piece)
+        yield piece
 
 
 def code_points(text: str) -> NDArray[np.uint32]:

@@ -17,11 +17,11 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from hiermpi.config.registry import ROUTINGS
 from hiermpi.errors import PluginError
 from hiermpi.hierarchy.topology import Topology
 from hiermpi.kernels.assignment import Integers, assign, clearing_prices
 from hiermpi.kernels.loops import Dealt, count_groups, deal
-from hiermpi.registry import ROUTINGS
 
 
 class RoutingRule(Protocol):

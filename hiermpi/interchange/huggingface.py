@@ -10,14 +10,23 @@ from typing import Any
 from numpy.typing import NDArray
 
 from hiermpi.config.schema import ModelConfig
-from hiermpi.data.bpe import BpeTokenizer, byte_alphabet
-from hiermpi.data.tokenizers import BytesTokenizer, CharsTokenizer, NoTokenizer, Tokenizer
+from hiermpi.data.tokenizers import (
+    BpeTokenizer,
+    BytesTokenizer,
+    CharsTokenizer,
+    NoTokenizer,
+    Tokenizer,
+    byte_alphabet,
+    tokenizer_from_json,
+)
 from hiermpi.errors import UserError
-from hiermpi.interchange.exchanged import Exchanged, fitted
-from hiermpi.interchange.safetensors_files import load_tensors, save_tensors
+from hiermpi.interchange.exchange import fitted, imported
+from hiermpi.interchange.plain import load_tensors, save_tensors
 from hiermpi.kernels.layers import NORM_EPSILON
+from hiermpi.storage.checkpoint import Checkpoint, model_config
 
 CONFIG_FILE = "config.json"
+FAMILY = "gpt2"
 PREFIX = "transformer."
 NOT_PARAMETERS = (".attn.bias", ".attn.masked_bias")
 """Buffers that old versions of transformers saved beside the parameters."""
@@ -25,9 +34,31 @@ GELUS = ("gelu_new", "gelu_pytorch_tanh")
 LARGEST_JSON = 1 << 26
 
 
-def write_huggingface(folder: Path, model: Exchanged) -> None:
-    """Fill ``folder``."""
-    config = model.config
+class HuggingFace:
+    """A folder of ``transformers``."""
+
+    suffix = ""
+    file_names = ("config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors")
+
+    def write(self, folder: Path, checkpoint: Checkpoint) -> None:
+        write_huggingface(folder, checkpoint)
+
+    def accepts(self, source: Path) -> bool:
+        return source.is_dir() and (source / CONFIG_FILE).exists()
+
+    def read(self, source: Path) -> Checkpoint:
+        return read_huggingface(source)
+
+
+FORMAT = HuggingFace()
+
+
+def write_huggingface(folder: Path, checkpoint: Checkpoint) -> None:
+    """Fill ``folder``. Raises UserError for a family whose layout transformers does not have."""
+    config = model_config(checkpoint)
+    if config.family != FAMILY:
+        raise UserError(f"the model is of the family {config.family}, and --format hf has only {FAMILY}: use safetensors")
+    tokenizer = tokenizer_from_json(checkpoint.tokenizer)
     write_json(
         folder / CONFIG_FILE,
         {
@@ -53,9 +84,9 @@ def write_huggingface(folder: Path, model: Exchanged) -> None:
             "dtype": "float32",
         },
     )
-    tensors = {name if name.startswith("lm_head") else PREFIX + name: t for name, t in model.tensors.items()}
+    tensors = {name if name.startswith("lm_head") else PREFIX + name: t for name, t in checkpoint.parameters.items()}
     save_tensors(folder / "model.safetensors", tensors, {"format": "pt"})
-    described = tokenizer_to_json(model.tokenizer)
+    described = tokenizer_to_json(tokenizer)
     if described is not None:
         write_json(folder / "tokenizer.json", described)
         write_json(
@@ -68,8 +99,8 @@ def write_huggingface(folder: Path, model: Exchanged) -> None:
         )
 
 
-def read_huggingface(folder: Path) -> Exchanged:
-    """The model in ``folder``. Raises UserError."""
+def read_huggingface(folder: Path) -> Checkpoint:
+    """Read the model in ``folder``. Raises UserError."""
     config = read_config(folder / CONFIG_FILE)
     found = {
         name.removeprefix(PREFIX): tensor
@@ -78,7 +109,7 @@ def read_huggingface(folder: Path) -> Exchanged:
     }
     if config.tie_embeddings:
         found.pop("lm_head.weight", None)
-    return Exchanged(config, fitted(config, found, str(folder)), read_tokenizer(folder, config.vocab_size))
+    return imported(config, fitted(config, found, str(folder)), read_tokenizer(folder, config.vocab_size))
 
 
 def read_config(path: Path) -> ModelConfig:
@@ -234,8 +265,3 @@ def read_json(path: Path) -> dict[str, Any]:
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write a JSON object."""
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def is_huggingface(folder: Path) -> bool:
-    """Whether the folder says what a folder of transformers says."""
-    return (folder / CONFIG_FILE).exists()

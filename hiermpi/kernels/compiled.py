@@ -7,8 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hiermpi.kernels.dropout import kept_scale
-from hiermpi.kernels.layers import NO_KEYS, ReferenceKernels, padded
+from hiermpi.kernels.layers import NO_KEYS, ReferenceKernels, kept_scale, padded
 from hiermpi.kernels.library import CONSTANTS, LAYERS, Level, declare
 from hiermpi.kernels.memory import address_of, aligned_empty, plain_float32
 

@@ -10,8 +10,6 @@ from math import pi, sqrt
 import numpy as np
 from numpy.typing import NDArray
 
-from hiermpi.kernels.dropout import kept_factor
-
 Array = NDArray[np.floating]
 NORM_EPSILON = 1e-5
 GELU_SCALE = sqrt(2.0 / pi)
@@ -177,7 +175,7 @@ class ReferenceKernels:
             bias: (3C,).
             shape: B, T, H, D.
             keys: (B,) of the sequences, where ``threshold`` is above 0.
-            threshold: see :mod:`hiermpi.kernels.dropout`.
+            threshold: see :mod:`hiermpi.kernels.layers`.
         """
         batch, length, heads, width = shape
         q, k, v = self._heads(qkv + bias, shape)
@@ -315,3 +313,67 @@ class ReferenceKernels:
         batch, length, heads, width = shape
         parts = qkv.reshape(batch, length, 3, heads, width).transpose(2, 0, 3, 1, 4)
         return parts[0], parts[1], parts[2]
+
+
+_MASK = (1 << 64) - 1
+
+
+def threshold_of(rate: float) -> int:
+    """An element is kept iff its 32 bits are at least this."""
+    return min(round(rate * 2**32), 2**32 - 1)
+
+
+def splitmix64(state: int) -> int:
+    """One step of splitmix64: 64 well-mixed bits of a 64-bit state."""
+    z = (state + 0x9E3779B97F4A7C15) & _MASK
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
+    return z ^ (z >> 31)
+
+
+def sequence_keys(seed: int, step: int, sequence_ids: NDArray[np.int64], site: int) -> NDArray[np.uint64]:
+    """(B,) keys of the sequences at a site.
+
+    Args:
+        seed: of the run.
+        step: the step the bits are for.
+        sequence_ids: (B,) identities of the sequences.
+        site: which dropout of the model.
+    """
+    common = splitmix64(splitmix64(splitmix64(seed & _MASK) ^ step) ^ site)
+    return np.array([splitmix64(common ^ int(identity)) for identity in sequence_ids], np.uint64)
+
+
+def element_bits(keys: NDArray[np.uint64], elements: NDArray[np.uint32]) -> NDArray[np.uint32]:
+    """The 32 bits of ``elements`` under ``keys`` (arrays that broadcast)."""
+    low, high = (keys & 0xFFFFFFFF).astype(np.uint32), (keys >> np.uint64(32)).astype(np.uint32)
+    return _mix(_mix(elements ^ low) ^ high)
+
+
+def kept_factor(
+    keys: NDArray[np.uint64], shape: tuple[int, ...], threshold: int, dtype: np.dtype
+) -> NDArray[np.floating]:
+    """(B, *shape): 0 where an element is dropped, 1 / (1 - rate) where it is kept.
+
+    Args:
+        keys: (B,) from :func:`sequence_keys`.
+        shape: of what one sequence has at the site; elements are numbered in C order.
+        threshold: from :func:`threshold_of`.
+        dtype: of the result.
+    """
+    elements = np.arange(int(np.prod(shape)), dtype=np.uint64).astype(np.uint32).reshape(shape)
+    bits = element_bits(keys.reshape(-1, *(1,) * len(shape)), elements)
+    return np.where(bits >= np.uint32(threshold), kept_scale(threshold), 0.0).astype(dtype)
+
+
+def kept_scale(threshold: int) -> float:
+    """What a kept element is multiplied by: 1 / (1 - rate), as float32."""
+    return float(np.float32(1.0 / (1.0 - threshold / 2**32)))
+
+
+def _mix(x: NDArray[np.uint32]) -> NDArray[np.uint32]:
+    x = x ^ (x >> np.uint32(16))
+    x = x * np.uint32(0x7FEB352D)
+    x = x ^ (x >> np.uint32(15))
+    x = x * np.uint32(0x846CA68B)
+    return x ^ (x >> np.uint32(16))

@@ -56,10 +56,10 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
+from hiermpi.config.registry import FAMILIES
 from hiermpi.config.schema import ModelConfig
 from hiermpi.errors import PluginError, UsageError
 from hiermpi.model.parameters import ParameterBuffer, TensorSpec
-from hiermpi.registry import FAMILIES
 
 IGNORED_TARGET = -1
 """A target that counts for nothing: it is not in the loss, nor in the number of tokens."""

@@ -14,8 +14,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from hiermpi.config.schema import ModelConfig
 from hiermpi.kernels import Kernels, load_kernels
-from hiermpi.kernels.dropout import sequence_keys, threshold_of
-from hiermpi.kernels.layers import NO_KEYS, ReferenceKernels
+from hiermpi.kernels.layers import NO_KEYS, ReferenceKernels, sequence_keys, threshold_of
 from hiermpi.kernels.memory import lazy_zeros
 from hiermpi.model.contract import Batch, micro_batch_sequences
 from hiermpi.model.parameters import ParameterBuffer, SymmetryTable, TensorSpec, symmetry_groups

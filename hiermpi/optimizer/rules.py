@@ -31,9 +31,9 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from hiermpi.config.registry import RULES, SCHEDULES
 from hiermpi.errors import PluginError
 from hiermpi.model.parameters import TensorSpec
-from hiermpi.registry import RULES, SCHEDULES
 
 Vector = NDArray[np.float32]
 

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from hiermpi.config.registry import REDUCTIONS, SHARING_REDUCTIONS, is_outside
 from hiermpi.config.schema import Config, ModelConfig, listed
 from hiermpi.hierarchy.ownership import Ownership, summing
 from hiermpi.hierarchy.topology import Role, Topology, compute_slots
@@ -16,7 +17,6 @@ from hiermpi.model.parameters import ParameterLayout, SymmetryTable, symmetry_gr
 from hiermpi.optimizer.rules import load_rule
 from hiermpi.optimizer.sums import sequences_at_once, summed_type
 from hiermpi.optimizer.update import ownership_of, slots_of
-from hiermpi.registry import REDUCTIONS, SHARING_REDUCTIONS, is_outside
 
 PROCESS_BYTES = 27_200_000
 """What the interpreter, numpy and MPI of a rank have to themselves."""

@@ -1,23 +1,29 @@
-"""Text files into one dataset."""
+"""Text into one dataset: what ``hiermpi prepare`` and :func:`hiermpi.prepare` do."""
 
-import argparse
 import heapq
 import logging
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hiermpi.data.bpe import FEWEST_TOKENS as FEWEST_BPE_TOKENS
-from hiermpi.data.bpe import load_library, train_bpe
-from hiermpi.data.corpus import Document, Split, find_documents
-from hiermpi.data.tokenizers import BytesTokenizer, CharsTokenizer, Tokenizer, tokenizer_from_json
+from hiermpi.data.documents import Document, Split, blocks, character_start, fault, find_documents, size_of
+from hiermpi.data.tokenizers import (
+    FEWEST_BPE_TOKENS,
+    BytesTokenizer,
+    CharsTokenizer,
+    Tokenizer,
+    load_library,
+    tokenizer_from_json,
+    train_bpe,
+)
 from hiermpi.errors import UsageError, UserError
 from hiermpi.files import require_new, told
-from hiermpi.preparation.encoding import Encoder
-from hiermpi.preparation.spool import Spool
+from hiermpi.preparation.encoding import Encoder, Spool
 from hiermpi.progress import ProgressBar
 from hiermpi.storage.dataset import SPLITS, DatasetContent, write_dataset
 
@@ -27,50 +33,120 @@ BPE_TOKENS = 8192
 logger = logging.getLogger("hiermpi")
 
 
-def prepare(arguments: argparse.Namespace, encoder: Encoder) -> str:
-    """Make the dataset that the command line asks for; return what to tell. Raises UserError."""
-    check(arguments)
-    out: Path = arguments.out
-    given = stored_tokenizer(arguments.tokenizer_of) if arguments.tokenizer_of else None
-    decodable = (given.kind if given else arguments.tokenizer) != "bytes"
-    documents = find_text(arguments.sources, decodable)
+@dataclass(frozen=True)
+class Preparation:
+    """What is to be prepared, and how."""
+
+    sources: Sequence[str]
+    out: Path
+    tokenizer: str = "bytes"
+    vocab_size: int | None = None
+    tokenizer_of: Path | None = None
+    val_fraction: float = 0.1
+    symmetry: str = "modulo"
+    symmetry_order: int = 12
+    reader: Any = None
+    force: bool = False
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What was prepared."""
+
+    path: Path
+    tokenizer: str
+    """The kind of the tokenizer."""
+    vocab_size: int
+    tokens: dict[str, int]
+    """Tokens of each split, ``train`` and ``val``."""
+    bytes: dict[str, int]
+    """Bytes of text behind each split."""
+
+
+def prepare(
+    sources: Sequence[str] | str,
+    out: Path | str,
+    *,
+    tokenizer: str = "bytes",
+    vocab_size: int | None = None,
+    tokenizer_of: Path | str | None = None,
+    val_fraction: float = 0.1,
+    symmetry: str = "modulo",
+    symmetry_order: int = 12,
+    reader: Any = None,
+    force: bool = False,
+) -> Prepared:
+    """Make a dataset of text, in this process.
+
+    Args:
+        sources: Text files, folders, or the word ``stdlib``.
+        out: The dataset to make.
+        tokenizer: ``bytes``, ``chars`` or ``bpe``.
+        vocab_size: Tokens of the ``bpe`` vocabulary; by default 8192.
+        tokenizer_of: A dataset or checkpoint whose tokenizer is to be used.
+        val_fraction: The share of the text for validation.
+        symmetry: ``modulo`` or ``frequency``: how token ids are given their symmetry class.
+        symmetry_order: The number of symmetry classes.
+        reader: A reader of one's own, a text or an object.
+        force: Whether an existing file is replaced.
+
+    Raises:
+        UserError: Something is wrong with the sources or the arguments; nothing is left behind.
+    """
+    sources = [sources] if isinstance(sources, str) else list(sources)
+    other = Path(tokenizer_of) if tokenizer_of is not None else None
+    wanted = Preparation(
+        sources, Path(out), tokenizer, vocab_size, other, val_fraction, symmetry, symmetry_order, reader, force
+    )
+    return prepare_with(wanted, Encoder())
+
+
+def prepare_with(wanted: Preparation, encoder: Encoder) -> Prepared:
+    """Make the dataset, the text being encoded by ``encoder``. Raises UserError."""
+    check(wanted)
+    out = wanted.out
+    given = stored_tokenizer(wanted.tokenizer_of) if wanted.tokenizer_of else None
+    decodable = (given.kind if given else wanted.tokenizer) != "bytes"
+    documents = find_text(wanted, decodable)
     with told(out.parent, "write into"), tempfile.TemporaryDirectory(dir=out.parent, prefix=".hiermpi-") as folder:
-        tokenizer = given or make_tokenizer(arguments, documents)
+        tokenizer = given or make_tokenizer(wanted, documents)
         with Spool(Path(folder), tokenizer, encoder) as spool:
-            fill(spool, documents, arguments.val_fraction)
+            fill(spool, documents, wanted.val_fraction)
             if tokenizer.kind == "bpe" and given is None:
                 order = np.argsort(-spool.counts, kind="stable")
                 spool.renumber(order)
                 tokenizer = tokenizer.renumbered(order)  # type: ignore[attr-defined]
-        require_text(spool, arguments)
+        require_text(spool, wanted)
         content = DatasetContent(
             tokenizer.vocab_size,
-            arguments.symmetry_order,
-            symmetry_groups_for(arguments.symmetry, spool.counts, arguments.symmetry_order),
+            wanted.symmetry_order,
+            symmetry_groups_for(wanted.symmetry, spool.counts, wanted.symmetry_order),
             spool.counts,
             tokenizer.to_json(),
-            arguments.sources,
+            wanted.sources,
             spool.bytes,
         )
         write_dataset(out, content, spool.paths)
-    return describe(out, tokenizer, spool)
+    return Prepared(out, tokenizer.kind, tokenizer.vocab_size, dict(spool.tokens), dict(spool.bytes))
 
 
-def check(arguments: argparse.Namespace) -> None:
+def check(wanted: Preparation) -> None:
     """Refuse what can be refused before any work. Raises UserError."""
-    if arguments.vocab_size is not None and arguments.tokenizer != "bpe":
-        raise UsageError(f"--vocab-size is for --tokenizer bpe: {arguments.tokenizer} finds its own")
-    if arguments.vocab_size is not None and not FEWEST_BPE_TOKENS <= arguments.vocab_size <= 1 << 24:
+    if wanted.vocab_size is not None and wanted.tokenizer != "bpe":
+        raise UsageError(f"--vocab-size is for --tokenizer bpe: {wanted.tokenizer} finds its own")
+    if wanted.vocab_size is not None and not FEWEST_BPE_TOKENS <= wanted.vocab_size <= 1 << 24:
         raise UsageError(
-            f"--vocab-size {arguments.vocab_size}: expected {FEWEST_BPE_TOKENS} (256 bytes and a merge) to {1 << 24}"
+            f"--vocab-size {wanted.vocab_size}: expected {FEWEST_BPE_TOKENS} (256 bytes and a merge) to {1 << 24}"
         )
-    if arguments.tokenizer == "bpe":
+    if wanted.tokenizer == "bpe":
         load_library()
-    if not 0.0 < arguments.val_fraction <= 0.5:
-        raise UsageError(f"--val-fraction {arguments.val_fraction}: expected more than 0 and at most 0.5")
-    if not 1 <= arguments.symmetry_order <= 255:
-        raise UsageError(f"--symmetry-order {arguments.symmetry_order}: expected 1 to 255")
-    require_new(arguments.out, arguments.force)
+    if not 0.0 < wanted.val_fraction <= 0.5:
+        raise UsageError(f"--val-fraction {wanted.val_fraction}: expected more than 0 and at most 0.5")
+    if not 1 <= wanted.symmetry_order <= 255:
+        raise UsageError(f"--symmetry-order {wanted.symmetry_order}: expected 1 to 255")
+    if wanted.tokenizer not in ("bytes", "chars", "bpe"):
+        raise UsageError(f"--tokenizer {wanted.tokenizer}: expected bytes, chars or bpe")
+    require_new(wanted.out, wanted.force)
 
 
 def stored_tokenizer(path: Path) -> Tokenizer:
@@ -86,29 +162,29 @@ def stored_tokenizer(path: Path) -> Tokenizer:
     return tokenizer_from_json(load_checkpoint(path, with_state=False).tokenizer)
 
 
-def find_text(sources: list[str], decodable: bool) -> list[Document]:
+def find_text(wanted: Preparation, decodable: bool) -> list[Document]:
     """The documents that hold text; others are passed over and counted, unless named themselves. Raises UserError."""
     kept, passed = [], 0
-    for document in find_documents(sources):
-        fault = document.fault(decodable)
-        if fault and document.named:
-            raise UserError(f"{document.path} {fault}: name text files")
-        passed += bool(fault)
-        if not fault:
+    for document in find_documents(wanted.sources, wanted.reader):
+        wrong = fault(document, decodable)
+        if wrong and document.named:
+            raise UserError(f"{document.name} {wrong}: name text files")
+        passed += bool(wrong)
+        if not wrong:
             kept.append(document)
     if passed:
         logger.info("passed over %d files that are not text", passed)
     return kept
 
 
-def make_tokenizer(arguments: argparse.Namespace, documents: list[Document]) -> Tokenizer:
+def make_tokenizer(wanted: Preparation, documents: list[Document]) -> Tokenizer:
     """The tokenizer that the command line asks for, learned from the corpus. Raises UserError."""
-    if arguments.tokenizer == "bytes":
+    if wanted.tokenizer == "bytes":
         return BytesTokenizer()
-    if not any(document.size() for document in documents):
+    if not any(size_of(document) for document in documents):
         raise UserError("the sources hold no text: name others")
-    if arguments.tokenizer == "bpe":
-        return train_bpe(read_text(documents, "learning the vocabulary"), arguments.vocab_size or BPE_TOKENS)
+    if wanted.tokenizer == "bpe":
+        return train_bpe(read_text(documents, "learning the vocabulary"), wanted.vocab_size or BPE_TOKENS)
     characters: set[str] = set()
     for text in read_text(documents, "collecting characters"):
         characters.update(text)
@@ -117,39 +193,39 @@ def make_tokenizer(arguments: argparse.Namespace, documents: list[Document]) -> 
 
 def read_text(documents: list[Document], what: str) -> Iterator[str]:
     """All text, block by block, with progress."""
-    with ProgressBar(what, sum(document.size() for document in documents), in_bytes=True) as bar:
+    with ProgressBar(what, sum(size_of(document) for document in documents), in_bytes=True) as bar:
         for document in documents:
-            for block in document.blocks():
+            for block in blocks(document):
                 try:
                     yield block.decode()
                 except UnicodeDecodeError:
-                    raise UserError(f"{document.path} has changed while it was read: try again") from None
+                    raise UserError(f"{document.name} has changed while it was read: try again") from None
                 bar.advance(len(block))
 
 
 def fill(spool: Spool, documents: list[Document], val_fraction: float) -> None:
     """Encode all documents into ``spool``, each split at its place."""
-    sizes = [document.size() for document in documents]
+    sizes = [size_of(document) for document in documents]
     split = Split(len(documents), val_fraction)
     with ProgressBar("encoding", sum(sizes), in_bytes=True) as bar:
         for document, size in zip(documents, sizes, strict=True):
-            place = split.place(size)
+            place = split.cut(size)
             if spool.tokenizer.kind != "bytes" and 0 < place < size:
-                place = document.character_start(place)
+                place = character_start(document, place)
             for name, (start, stop) in zip(SPLITS, ((0, place), (place, size)), strict=True):
-                for block in document.blocks(start, stop):
+                for block in blocks(document, start, stop):
                     spool.add(name, block)
                     bar.advance(len(block))
         spool.finish()
 
 
-def require_text(spool: Spool, arguments: argparse.Namespace) -> None:
+def require_text(spool: Spool, wanted: Preparation) -> None:
     """Refuse a corpus with too little text for both splits. Raises UserError."""
     for split in SPLITS:
         if spool.tokens[split] < FEWEST_TOKENS:
             raise UserError(
                 f"the sources give {spool.tokens['train']} tokens for training and {spool.tokens['val']} for "
-                f"validation at --val-fraction {arguments.val_fraction:g}: at least {FEWEST_TOKENS} of each are "
+                f"validation at --val-fraction {wanted.val_fraction:g}: at least {FEWEST_TOKENS} of each are "
                 "needed, name more text"
             )
 
@@ -169,19 +245,3 @@ def symmetry_groups_for(kind: str, counts: NDArray[np.int64], order: int) -> NDA
         groups[token] = group
         heapq.heappush(lightest, (weight + int(counts[token]), members + 1, group))
     return groups
-
-
-def describe(out: Path, tokenizer: Tokenizer, spool: Spool) -> str:
-    """What was made, and what to type next."""
-    tokens, n_bytes = spool.tokens, spool.bytes
-    per_token = sum(n_bytes.values()) / sum(tokens.values())
-    return "\n".join(
-        [
-            f"{'dataset':14}{out} ({out.stat().st_size:,} bytes)",
-            f"{'text':14}{sum(n_bytes.values()):,} bytes",
-            f"{'tokens':14}{tokens['train']:,} for training, {tokens['val']:,} for validation",
-            f"{'vocabulary':14}{tokenizer.vocab_size:,} {tokenizer.kind}"
-            + (f", {per_token:.2f} bytes per token" if tokenizer.kind != "bytes" else ""),
-            f"{'next':14}mpirun -n 2 hiermpi train --data {out} --run runs/first",
-        ]
-    )

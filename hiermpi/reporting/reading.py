@@ -1,5 +1,7 @@
-"""A run folder as data for tables and plots."""
+"""What files say: a dataset, a checkpoint, and the run folder in numbers."""
 
+import json
+import math
 import statistics
 import tomllib
 from dataclasses import dataclass
@@ -7,8 +9,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from hiermpi.data.tokenizers import tokenizer_from_json
 from hiermpi.errors import UserError
 from hiermpi.files import told
+from hiermpi.storage.checkpoint import Checkpoint, load_checkpoint, parameters_digest
+from hiermpi.storage.container import kind_of
+from hiermpi.storage.dataset import SPLITS, TokenDataset, open_dataset
 from hiermpi.storage.run_folder import RunFolder
 
 LAST_STEPS = 20
@@ -119,3 +127,149 @@ def read_config(path: Path) -> dict[str, Any]:
         if isinstance(entries, dict)
         for key, value in entries.items()
     }
+
+
+SAMPLE_TOKENS = 200
+MOST_FREQUENT = 12
+
+
+def inspect(path: Path) -> dict[str, Any]:
+    """What is in the file, or in the newest checkpoint of the run folder. Raises UserError."""
+    if path.is_dir():
+        return inspect_checkpoint(*RunFolder(path).newest_checkpoint())
+    if kind_of(path) == "dataset":
+        dataset = open_dataset(path)
+        try:
+            return inspect_dataset(dataset)
+        finally:
+            dataset.close()
+    return inspect_checkpoint(path, load_checkpoint(path, with_state=False))
+
+
+def inspect_dataset(dataset: TokenDataset) -> dict[str, Any]:
+    """A dataset as plain data."""
+    tokenizer = tokenizer_from_json(dataset.tokenizer)
+    length = min(SAMPLE_TOKENS, dataset.length("train"))
+    sample = tokenizer.decode(dataset.read("train", np.array([0]), length)[0]).decode("utf-8", "replace")
+    groups = np.bincount(dataset.symmetry_group, weights=dataset.counts, minlength=dataset.symmetry_order)
+    total = max(float(groups.sum()), 1.0)
+    frequent = np.argsort(-dataset.counts, kind="stable")[:MOST_FREQUENT]
+    tokens = {split: dataset.length(split) for split in SPLITS}
+    n_bytes = {"train": dataset.train_bytes, "val": dataset.val_bytes}
+    return {
+        "kind": "dataset",
+        "file": str(dataset.path),
+        "sha256": dataset.sha256,
+        "tokenizer": tokenizer.kind,
+        "vocab_size": dataset.vocab_size,
+        "unused_tokens": int((dataset.counts == 0).sum()),
+        "symmetry_order": dataset.symmetry_order,
+        "sources": sources_of(dataset),
+        "tokens": tokens,
+        "bytes": n_bytes,
+        "bytes_per_token": sum(n_bytes.values()) / max(sum(tokens.values()), 1),
+        "group_share": [float(weight) / total for weight in groups],
+        "frequent": [
+            {"id": int(i), "text": tokenizer.decode([int(i)]).decode("utf-8", "replace"), "count": int(c)}
+            for i, c in zip(frequent, dataset.counts[frequent], strict=True)
+        ],
+        "sample": sample,
+    }
+
+
+def inspect_checkpoint(path: Path, checkpoint: Checkpoint) -> dict[str, Any]:
+    """A checkpoint as plain data."""
+    tokenizer = tokenizer_from_json(checkpoint.tokenizer)
+    return {
+        "kind": "checkpoint",
+        "file": str(path),
+        "step": checkpoint.step,
+        "loss": checkpoint.loss if math.isfinite(checkpoint.loss) else None,
+        "skipped_steps": checkpoint.skipped_steps,
+        "sequences_drawn": checkpoint.cursor,
+        "seed": checkpoint.seed,
+        "parameters": sum(tensor.size for tensor in checkpoint.parameters.values()),
+        "parameters_sha256": parameters_digest(checkpoint),
+        "dataset_sha256": checkpoint.dataset_sha256,
+        "tokenizer": tokenizer.kind,
+        "config": checkpoint.config,
+        "tensors": {
+            name: {"shape": list(tensor.shape), "rms": float(np.sqrt(np.mean(np.square(tensor, dtype=np.float64))))}
+            for name, tensor in checkpoint.parameters.items()
+        },
+    }
+
+
+def describe(found: dict[str, Any]) -> str:
+    """The same for a person."""
+    return "\n".join(describe_dataset(found) if found["kind"] == "dataset" else describe_checkpoint(found))
+
+
+def describe_dataset(found: dict[str, Any]) -> list[str]:
+    """Lines about a dataset."""
+    tokens, n_bytes, shares = found["tokens"], found["bytes"], found["group_share"]
+    return [
+        f"{'dataset':16}{found['file']}",
+        f"{'SHA-256':16}{found['sha256']}",
+        f"{'sources':16}{', '.join(found['sources'])}",
+        f"{'text':16}{n_bytes['train']:,} bytes for training, {n_bytes['val']:,} for validation",
+        f"{'tokens':16}{tokens['train']:,} for training, {tokens['val']:,} for validation",
+        f"{'tokenizer':16}{found['tokenizer']}, {found['vocab_size']:,} tokens "
+        f"({found['unused_tokens']:,} never used), {found['bytes_per_token']:.2f} bytes per token",
+        "",
+        f"share of the corpus by symmetry group (even: {1 / len(shares):.1%})",
+        *(f"{f'group {index}':16}{share:6.1%}  {bar(share, max(shares))}" for index, share in enumerate(shares)),
+        "",
+        "most frequent    " + "  ".join(f"{entry['text']!r} {entry['count']:,}" for entry in found["frequent"]),
+        "",
+        "how it begins",
+        *(f"    {line}" for line in printable(found["sample"]).splitlines()),
+    ]
+
+
+def describe_checkpoint(found: dict[str, Any]) -> list[str]:
+    """Lines about a checkpoint."""
+    loss = "not known" if found["loss"] is None else f"{found['loss']:.4f} nats"
+    skipped = f" ({found['skipped_steps']} skipped)" if found["skipped_steps"] else ""
+    lines = [
+        f"{'checkpoint':16}{found['file']}",
+        f"{'step':16}{found['step']:,}{skipped}",
+        f"{'training loss':16}{loss}",
+        f"{'parameters':16}{found['parameters']:,}",
+        f"{'their SHA-256':16}{found['parameters_sha256']}",
+        f"{'data SHA-256':16}{found['dataset_sha256'] or 'none (imported)'}",
+        f"{'tokenizer':16}{found['tokenizer']}",
+        "",
+    ]
+    section = ""
+    for name, value in found["config"].items():
+        here, _, key = name.partition(".")
+        if here != section:
+            section = here
+            lines.append(f"[{section}]")
+        shown = str(value).lower() if isinstance(value, bool) else f'"{value}"' if isinstance(value, str) else value
+        lines.append(f"{key} = {shown}")
+    lines += ["", f"{'tensor':32}{'shape':>16}{'rms':>12}"]
+    for name, tensor in found["tensors"].items():
+        shape = " x ".join(map(str, tensor["shape"]))
+        lines.append(f"{name:32}{shape:>16}{tensor['rms']:12.4g}")
+    return lines
+
+
+def sources_of(dataset: TokenDataset) -> list[str]:
+    """What the dataset was made from."""
+    try:
+        found = json.loads(dataset.sources)
+    except (ValueError, RecursionError):
+        found = []
+    return [printable(str(source)) for source in found] if isinstance(found, list) else []
+
+
+def printable(text: str) -> str:
+    """``text`` without what would move a terminal's cursor."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
+def bar(value: float, largest: float, width: int = 40) -> str:
+    """A bar of text, ``width`` characters at ``largest``."""
+    return "█" * round(width * value / largest) if largest > 0 else ""

@@ -20,6 +20,7 @@ from hiermpi.communication.communicators import Communicators
 from hiermpi.communication.node import ComputeSlots, make_compute_slots
 from hiermpi.communication.reduction import Reduction, Vectors, hand_down
 from hiermpi.communication.scatter import Scatter, make_scatter
+from hiermpi.config.registry import is_outside
 from hiermpi.config.schema import Config
 from hiermpi.data.sequences import Sampler
 from hiermpi.errors import UserError
@@ -32,7 +33,6 @@ from hiermpi.model.parameters import ParameterBuffer, ParameterLayout, SymmetryT
 from hiermpi.optimizer.rules import Rule, load_rule, load_schedule
 from hiermpi.optimizer.sums import differing, routed_together, summed_type
 from hiermpi.optimizer.update import Optimizer, OptimizerSettings, ownership_of, slots_of
-from hiermpi.registry import is_outside
 from hiermpi.signals import NeverStop, StopRequests
 from hiermpi.training.batches import BatchSource, TokenSource
 from hiermpi.training.phases import Fault, Phases

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from hiermpi.config.registry import is_outside
 from hiermpi.config.schema import Config, ModelConfig, flatten
 from hiermpi.data.sequences import Sampler
 from hiermpi.data.tokenizers import tokenizer_from_json
@@ -19,7 +20,6 @@ from hiermpi.model.contract import Family, load_family, make_model, micro_batch_
 from hiermpi.model.generation import Sampling
 from hiermpi.model.generation import generate as generate_tokens
 from hiermpi.model.parameters import ParameterBuffer, SymmetryTable, require_tensors, symmetry_groups
-from hiermpi.registry import is_outside
 from hiermpi.storage.checkpoint import Checkpoint, load_checkpoint, model_config
 from hiermpi.storage.dataset import TokenDataset, open_dataset
 from hiermpi.storage.run_folder import RunFolder

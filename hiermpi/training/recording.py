@@ -12,11 +12,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TextIO, runtime_checkable
 
+from hiermpi.config.registry import SINKS
 from hiermpi.config.schema import Config, flatten, listed
 from hiermpi.errors import PluginError
 from hiermpi.files import told
 from hiermpi.progress import ProgressBar
-from hiermpi.registry import SINKS
 from hiermpi.storage.checkpoint import Checkpoint, CheckpointWriter
 from hiermpi.storage.dataset import TokenDataset
 from hiermpi.storage.run_folder import RunFolder, finite

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hiermpi.communication.agreement import agreed
-from hiermpi.communication.sharded_state import deal_out_owned, gather_owned
+from hiermpi.communication.scatter import deal_out_owned, gather_owned
 from hiermpi.errors import UsageError
 from hiermpi.kernels.memory import lazy_zeros
 

@@ -5,8 +5,7 @@ import pytest
 
 from hiermpi.errors import UsageError
 from hiermpi.kernels import available_levels, load_kernels, using_kernels
-from hiermpi.kernels.dropout import sequence_keys, threshold_of
-from hiermpi.kernels.layers import NO_KEYS, ReferenceKernels, padded
+from hiermpi.kernels.layers import NO_KEYS, ReferenceKernels, padded, sequence_keys, threshold_of
 from hiermpi.optimizer.adamw import AdamW
 from hiermpi.optimizer.rules import Hyper, Values
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.stats import chisquare
 
-from hiermpi.kernels.dropout import (
+from hiermpi.kernels.layers import (
     element_bits,
     kept_factor,
     kept_scale,

@@ -5,8 +5,7 @@ from math import exp, log, pi, sqrt, tanh
 import numpy as np
 import pytest
 
-from hiermpi.kernels.dropout import kept_factor, sequence_keys, threshold_of
-from hiermpi.kernels.layers import NORM_EPSILON, ReferenceKernels, padded
+from hiermpi.kernels.layers import NORM_EPSILON, ReferenceKernels, kept_factor, padded, sequence_keys, threshold_of
 from hiermpi.model.contract import IGNORED_TARGET
 
 LAYERS = ReferenceKernels()

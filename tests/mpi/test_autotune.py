@@ -12,9 +12,9 @@ from hiermpi.communication.agreement import gather_objects
 from hiermpi.communication.autotune import candidates, make_reduction, preferred
 from hiermpi.communication.communicators import Communicators
 from hiermpi.communication.reduction import Vectors
+from hiermpi.config.registry import REDUCTIONS
 from hiermpi.errors import PluginError, UsageError, UserError
 from hiermpi.hierarchy.ownership import Ownership, owned_by_root
-from hiermpi.registry import REDUCTIONS
 from runs import TINY, losses, make_dataset, train_on
 
 

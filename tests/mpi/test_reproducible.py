@@ -13,7 +13,7 @@ from hiermpi.communication.communicators import Communicators
 from hiermpi.communication.waiting import Waiter
 from hiermpi.errors import UserError
 from hiermpi.storage.checkpoint import parameters_digest
-from hiermpi.training import session
+from hiermpi.training import assembly
 from runs import TINY, last_checkpoint, losses, make_dataset, train_on
 
 pytestmark = [pytest.mark.mpi, pytest.mark.timeout(600)]
@@ -98,11 +98,11 @@ def test_a_bad_gradient_is_named_and_skipped_alike(world, shared_folder, alone, 
 
 
 def test_unequal_processors_are_named(world, monkeypatch):
-    monkeypatch.setattr(session, "arithmetic", lambda: "avx2 kernels" if world.rank == 1 else "avx512 kernels")
+    monkeypatch.setattr(assembly, "arithmetic", lambda: "avx2 kernels" if world.rank == 1 else "avx512 kernels")
     comms = Communicators(world, 12)
     if world.size > 1:
         with pytest.raises(UserError, match="rank 0 computes with avx512 kernels, rank 1 with avx2 kernels"):
-            session.require_one_kind(comms)
+            assembly.require_one_kind(comms)
     else:
-        session.require_one_kind(comms)
+        assembly.require_one_kind(comms)
     comms.free()

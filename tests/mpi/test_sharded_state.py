@@ -5,7 +5,7 @@ import pytest
 from collective import collective_assert
 
 from hiermpi.communication.communicators import Communicators
-from hiermpi.communication.sharded_state import deal_out_owned, gather_owned
+from hiermpi.communication.scatter import deal_out_owned, gather_owned
 from hiermpi.hierarchy.ownership import Ownership
 
 pytestmark = pytest.mark.mpi

@@ -10,8 +10,7 @@ from hiermpi.config.schema import Config, HierarchyConfig, ModelConfig, Optimize
 from hiermpi.hierarchy.topology import Topology
 from hiermpi.model.contract import micro_batch_sequences
 from hiermpi.model.gpt2 import flops_per_token
-from hiermpi.planning.cost import fewest_tokens, forecast, predict
-from hiermpi.planning.machine import Line, Machine, machine_from_json
+from hiermpi.planning.cost import Line, Machine, fewest_tokens, forecast, machine_from_json, predict
 
 MODEL = ModelConfig(vocab_size=256)
 MACHINE = Machine(

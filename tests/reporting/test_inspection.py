@@ -13,7 +13,7 @@ from hiermpi.errors import UserError
 from hiermpi.interchange.exchanged import Exchanged
 from hiermpi.interchange.importing import as_checkpoint
 from hiermpi.model.gpt2 import gpt2_specs
-from hiermpi.reporting.inspection import bar, describe, inspect
+from hiermpi.reporting.reading import bar, describe, inspect
 from hiermpi.storage.checkpoint import load_checkpoint, parameters_digest, save_checkpoint
 from runs import TINY, last_checkpoint, make_dataset, train_on
 

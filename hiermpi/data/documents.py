@@ -1,0 +1,251 @@
+"""The documents of a corpus: what they are, where they are found, and how they are cut and split.
+
+A document is a named stream of text, whatever kind of file it comes from. Readers turn files into documents; a reader of
+one's own is given with ``prepare --reader my_module:READER``. Everything else here, such as the split into training and
+validation, does not depend on the kind.
+
+Fewer than :data:`WHOLE_DOCUMENTS_FROM` documents give the tail of each to validation (the tail of a single file, as
+nanoGPT does). More give whole documents, evenly spaced over the sorted corpus by bytes: a tail of an alphabetically sorted
+tree would not be like the rest. A document is never held as a whole: it is read block by block, in as many passes as there
+are things to find out.
+"""
+
+import codecs
+import os
+import re
+import sysconfig
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO, Protocol, runtime_checkable
+
+from hiermpi.config.registry import READERS
+from hiermpi.errors import PluginError, UserError
+
+STDLIB = "stdlib"
+NOT_STDLIB = frozenset({"site-packages", "dist-packages", "__pycache__"})
+WHOLE_DOCUMENTS_FROM = 100
+BINARY_PROBE = 8192
+BLOCK = 1 << 20
+
+_LINE_START = re.compile(rb"\n(?=\S)")
+
+
+@runtime_checkable
+class Document(Protocol):
+    """A named stream of text. It may be opened several times, and gives the same bytes each time."""
+
+    @property
+    def name(self) -> str:
+        """What messages call it, such as its path."""
+
+    @property
+    def named(self) -> bool:
+        """Whether the user named this very document: then it may not be passed over."""
+
+    def size(self) -> int:
+        """Return the bytes of its text. Raises OSError."""
+
+    def open(self) -> BinaryIO:
+        """Open its text, UTF-8 (any bytes for the tokenizer ``bytes``), from the start. Raises OSError."""
+
+
+class Reader(Protocol):
+    """Turns files of some kind into documents."""
+
+    def accepts(self, path: Path) -> bool:
+        """Tell whether this file is of the reader's kind."""
+
+    def documents(self, path: Path, named: bool) -> Iterable[Document]:
+        """Return the documents in a file, in order; ``named`` says whether the user named the file itself."""
+
+
+def find_documents(sources: Sequence[str], reader: Any = None) -> list[Document]:
+    """Find the documents behind ``sources``, folders walked recursively, in sorted order.
+
+    Args:
+        sources: Files, folders, or the word ``stdlib``.
+        reader: A reader that is asked before those of the package: a name, ``package.module:object``, or the object.
+
+    Raises:
+        UserError: A source that is not there.
+        PluginError: A reader that does not keep its contract.
+    """
+    readers = load_readers(reader)
+    found: list[Document] = []
+    for source in sources:
+        if source == STDLIB and not Path(source).exists():
+            root = Path(sysconfig.get_path("stdlib"))
+            paths = [(path, False) for path in walk(root, NOT_STDLIB) if path.suffix == ".py"]
+        else:
+            path = Path(source)
+            if path.is_dir():
+                paths = [(entry, False) for entry in walk(path)]
+            elif path.is_file():
+                paths = [(path, True)]
+            elif path.exists():
+                raise UserError(f"{source} is not a regular file: name text files, folders, or the word {STDLIB}")
+            else:
+                raise UserError(f"{source} does not exist: name text files, folders, or the word {STDLIB}")
+        for path, named in paths:
+            found += read_documents(path, named, readers)
+    return found
+
+
+def load_readers(reader: Any = None) -> dict[str, Reader]:
+    """Return the readers in the order in which they are asked, by name. Raises UsageError, PluginError."""
+    readers = {name: READERS[name] for name in READERS}
+    if reader is not None:
+        name = str(reader)
+        first = READERS.load(reader) if isinstance(reader, str) else reader
+        for method in ("accepts", "documents"):
+            if not callable(getattr(first, method, None)):
+                raise PluginError(f"--reader {name}: it has no method {method}: a reader needs accepts and documents")
+        readers = {name: first, **readers}
+    return readers
+
+
+def read_documents(path: Path, named: bool, readers: dict[str, Reader]) -> list[Document]:
+    """Return the documents in a file, by the first reader that accepts it. Raises PluginError, UserError."""
+    for name, reader in readers.items():
+        try:
+            if not reader.accepts(path):
+                continue
+            documents = list(reader.documents(path, named))
+        except UserError:
+            raise
+        except Exception as error:
+            raise PluginError(f"--reader {name}: {path}: {type(error).__name__}: {error}") from error
+        if not all(isinstance(document, Document) for document in documents):
+            raise PluginError(f"--reader {name}: {path}: what it returns are not documents: name, named, size and open")
+        return documents
+    return []
+
+
+def walk(root: Path, excluded: frozenset[str] = frozenset()) -> Iterator[Path]:
+    """Yield the files below ``root`` in sorted order; not those in hidden or excluded folders, nor behind linked ones."""
+    for folder, folders, files in os.walk(root):
+        folders[:] = sorted(name for name in folders if name not in excluded and not name.startswith("."))
+        for name in sorted(files):
+            path = Path(folder) / name
+            if not name.startswith(".") and path.is_file():
+                yield path
+
+
+@contextmanager
+def reading(document: Document) -> Iterator[None]:
+    """Turn an OSError of the body into a UserError that names the document."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot read {document.name}: {error.strerror or error}") from None
+
+
+def size_of(document: Document) -> int:
+    """Return the bytes of a document's text. Raises UserError."""
+    with reading(document):
+        return document.size()
+
+
+def blocks(document: Document, start: int = 0, stop: int | None = None) -> Iterator[bytes]:
+    """Yield a document's text from byte ``start`` to ``stop`` (default: the end) in pieces of at most :data:`BLOCK`.
+
+    Pieces are cut where a line starts, else between UTF-8 characters.
+
+    Raises:
+        UserError: The document cannot be read, or has become shorter.
+    """
+    stop = size_of(document) if stop is None else stop
+    with reading(document), document.open() as stream:
+        skip(stream, start)
+        rest = b""
+        while start < stop:
+            data = stream.read(min(BLOCK, stop - start) - len(rest))
+            if not data:
+                raise UserError(f"{document.name} has changed while it was read: try again when it is still")
+            block = rest + data
+            if start + len(block) < stop:
+                rest = block[cut_place(block) :]
+                block = block[: len(block) - len(rest)]
+            start += len(block)
+            yield block
+
+
+def skip(stream: BinaryIO, count: int) -> None:
+    """Pass over the first bytes of a stream, which may not be able to seek."""
+    if stream.seekable():
+        stream.seek(count)
+        return
+    while count > 0 and (data := stream.read(min(count, BLOCK))):
+        count -= len(data)
+
+
+def character_start(document: Document, position: int) -> int:
+    """Return the start of the UTF-8 character at byte ``position``. Raises UserError."""
+    first = max(0, position - 3)
+    near = b"".join(blocks(document, first, min(position + 1, size_of(document))))
+    while position > first and near[position - first : position - first + 1] and near[position - first] & 0xC0 == 0x80:
+        position -= 1
+    return position
+
+
+def fault(document: Document, decodable: bool) -> str:
+    """Say why a document is not text; nothing where it is. Raises UserError.
+
+    Args:
+        document: The document.
+        decodable: Whether it must be UTF-8.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    seen = 0
+    for block in blocks(document):
+        if seen < BINARY_PROBE and b"\0" in block[: BINARY_PROBE - seen]:
+            return "is binary"
+        if not decodable:
+            return ""
+        pending = len(decoder.getstate()[0])
+        try:
+            decoder.decode(block)
+        except UnicodeDecodeError as error:
+            return f"is not UTF-8 (byte {seen - pending + error.start})"
+        seen += len(block)
+    pending = len(decoder.getstate()[0])
+    return f"is not UTF-8 (byte {seen - pending})" if pending else ""
+
+
+def cut_place(text: bytes) -> int:
+    """Return where to cut ``text`` that goes on: at its last line that starts with a word, else between characters."""
+    starts = [match.end() for match in _LINE_START.finditer(text, len(text) - len(text) // 8)]
+    if starts:
+        return starts[-1]
+    for back in range(1, min(4, len(text))):  # a character has at most three bytes that continue it
+        byte = text[-back]
+        if byte & 0xC0 != 0x80:
+            whole = back == 1 if byte < 0x80 else back == (2 if byte < 0xE0 else 3 if byte < 0xF0 else 4)
+            return len(text) if whole else len(text) - back
+    return len(text)
+
+
+class Split:
+    """Decides what of each document is for validation.
+
+    Args:
+        n_documents: The documents of the corpus.
+        fraction: The share of the text that goes to validation.
+    """
+
+    def __init__(self, n_documents: int, fraction: float) -> None:
+        self.by_document = n_documents >= WHOLE_DOCUMENTS_FROM
+        self.fraction = fraction
+        self._seen = 0
+        self._given = 0
+
+    def cut(self, size: int) -> int:
+        """Return where to cut a document of ``size`` bytes: what comes before is for training. Ask in order."""
+        if not self.by_document:
+            return int(size * (1.0 - self.fraction))
+        self._seen += size
+        if self._given + size / 2 <= self.fraction * self._seen:
+            self._given += size
+            return 0
+        return size

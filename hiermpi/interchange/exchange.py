@@ -1,0 +1,144 @@
+"""Models to and from other programs: what ``hiermpi export`` and ``hiermpi import`` do, whatever the format.
+
+A format is one object with the methods of :class:`Format` and one line in the registry of formats. What goes in and out is
+a checkpoint: a model's settings, its tensors by our names in token order, and its tokenizer.
+"""
+
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hiermpi.config.registry import FORMATS
+from hiermpi.config.schema import ModelConfig
+from hiermpi.data.tokenizers import Tokenizer
+from hiermpi.errors import UsageError, UserError
+from hiermpi.files import told, whole_path
+from hiermpi.model.contract import load_family, specs_of
+from hiermpi.storage.checkpoint import Checkpoint, model_config
+
+SHAPE = ("vocab_size", "context_length", "n_layer", "n_head", "n_embd", "symmetry_order", "tie_embeddings")
+"""Settings of a model that an imported checkpoint names, beside those that are not at their default."""
+
+
+class Format(Protocol):
+    """A way to write a model, and perhaps to read it."""
+
+    suffix: str
+    """The ending of a file that holds all of it; empty where it is always a folder."""
+    file_names: tuple[str, ...]
+    """What a folder of this format may hold."""
+
+    def write(self, folder: Path, checkpoint: Checkpoint) -> None:
+        """Write the model into an empty folder; with a suffix, one file called ``model`` and the suffix.
+
+        Raises:
+            UserError: The format cannot hold this model.
+        """
+
+    def accepts(self, source: Path) -> bool:
+        """Tell whether there is a model of this format in a folder or file."""
+
+    def read(self, source: Path) -> Checkpoint:
+        """Read the model in a folder or file. Raises UserError."""
+
+
+def export(checkpoint: Checkpoint, out: Path, kind: str, force: bool) -> Path:
+    """Write the model of ``checkpoint`` in a registered format; whole or not at all.
+
+    Args:
+        checkpoint: The checkpoint; its state is not needed.
+        out: A folder to make; for formats of one file also a file with the format's ending.
+        kind: The name of the format.
+        force: Whether what stands at ``out`` is replaced.
+
+    Returns:
+        What was written.
+
+    Raises:
+        UserError: The model or the place is not fit for it.
+    """
+    form: Format = FORMATS[kind]
+    shape = model_config(checkpoint)
+    fitted(shape, dict(checkpoint.parameters), "the checkpoint")
+    if out.exists() and not force and not (out.is_dir() and not any(out.iterdir())):
+        raise UsageError(f"{out} exists: name another --out, or add --force to replace it")
+    if force and out.is_dir() and not is_export(out):
+        raise UsageError(f"{out} is a folder with other things than an exported model: name another --out")
+    with told(out.parent, "write into"):
+        out.parent.mkdir(parents=True, exist_ok=True)
+    with told(out, "write"), whole_path(out) as temporary:
+        temporary.mkdir()
+        form.write(temporary, checkpoint)
+        if form.suffix and out.suffix == form.suffix:
+            beside = temporary.with_name(temporary.name + form.suffix)
+            (temporary / f"model{form.suffix}").rename(beside)
+            temporary.rmdir()
+            beside.rename(temporary)
+    return out
+
+
+def is_export(folder: Path) -> bool:
+    """Tell whether everything in ``folder`` is of an exported model."""
+    allowed = {name for kind in FORMATS for name in FORMATS[kind].file_names}
+    return all(path.name in allowed or path.stem == "model" for path in folder.iterdir())
+
+
+def read_model(source: Path) -> Checkpoint:
+    """Read the model in a folder or file, as a checkpoint at step 0. Raises UserError."""
+    if not source.exists():
+        raise UserError(f"{source} does not exist: name a folder or a file with a model")
+    for kind in FORMATS:
+        form: Format = FORMATS[kind]
+        if form.accepts(source):
+            return form.read(source)
+    names = sorted({name for kind in FORMATS for name in FORMATS[kind].file_names if name.startswith(("config", "model"))})
+    raise UserError(f"{source} holds no {', '.join(names[:-1])} or {names[-1]}: name a folder with a model")
+
+
+def imported(shape: ModelConfig, tensors: dict[str, NDArray[np.float32]], tokenizer: Tokenizer) -> Checkpoint:
+    """Make a checkpoint at step 0, of no dataset: ``train --resume`` takes it for any.
+
+    Args:
+        shape: The model's settings.
+        tensors: Its tensors by our names, in token order.
+        tokenizer: Its tokenizer.
+    """
+    default = ModelConfig()
+    names = [name for name in vars(shape) if name in SHAPE or getattr(shape, name) != getattr(default, name)]
+    config: dict[str, Any] = {f"model.{name}": getattr(shape, name) for name in SHAPE}
+    config |= {f"model.{name}": getattr(shape, name) for name in names if name in ("family", "options")}
+    return Checkpoint(
+        step=0,
+        cursor=0,
+        seed=0,
+        adam_count=0,
+        skipped_steps=0,
+        config=config,
+        tokenizer=tokenizer.to_json(),
+        dataset_sha256="",
+        parameters=tensors,
+        state={},
+        loss=float("nan"),
+    )
+
+
+def fitted(config: ModelConfig, found: dict[str, NDArray], source: str) -> dict[str, NDArray[np.float32]]:
+    """Return the tensors of the model's shape among ``found``, as float32. Raises UserError."""
+    tensors = {}
+    for spec in specs_of(load_family(config.family), config):
+        if spec.name not in found:
+            raise UserError(f"{source}: the tensor {spec.name} is missing: this is not a whole model of this shape")
+        tensor = found[spec.name]
+        if tensor.shape != spec.shape or tensor.dtype.kind != "f":
+            raise UserError(
+                f"{source}: the tensor {spec.name} is {tensor.dtype} of {tensor.shape}, expected floats of {spec.shape}"
+            )
+        if not np.isfinite(tensor).all():
+            raise UserError(f"{source}: the tensor {spec.name} holds a value that is not finite: take another copy")
+        tensors[spec.name] = np.ascontiguousarray(tensor, np.float32)
+    unknown = sorted(found.keys() - tensors.keys())
+    if unknown:
+        raise UserError(f"{source}: unknown tensors {', '.join(unknown[:4])}: this is not a {config.family} model")
+    return tensors
