@@ -1,6 +1,11 @@
-"""Ways to sum a vector over all ranks and give every rank the result, against each other and the memory's own speed."""
+"""Ways to sum a vector over all ranks, against each other and the memory's own speed; and what else ``plan`` predicts from.
+"""
 
+import dataclasses
+import datetime
 import os
+import socket
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, runtime_checkable
@@ -10,14 +15,21 @@ from mpi4py import MPI
 from numpy.typing import NDArray
 
 from hiermpi.benchmarks.measuring import interleaved, row
+from hiermpi.benchmarks.step import make_trainer, step_flops
 from hiermpi.communication.agreement import broadcast_object
 from hiermpi.communication.autotune import make_reduction
 from hiermpi.communication.communicators import Communicators, usable_cores
 from hiermpi.communication.reduction import Reduction, Vectors, chunked
+from hiermpi.communication.waiting import Waiter
 from hiermpi.config.registry import REDUCTIONS
-from hiermpi.config.schema import listed
+from hiermpi.config.schema import Config, listed
 from hiermpi.hierarchy.ownership import Ownership, owned_by_root
 from hiermpi.hierarchy.topology import block_bounds
+from hiermpi.model.contract import Batch, WritingModel, micro_batch_sequences
+from hiermpi.planning.cost import Line, Machine, leaf_seconds, predict
+from hiermpi.training.assembly import assemble
+from hiermpi.training.batches import BatchSource
+from hiermpi.training.trainer import Trainer
 
 SECONDS_PER_SIZE = 15.0
 CALLS_BELOW = 1_000_000
@@ -175,3 +187,175 @@ def own_bandwidth(comms: Communicators, shared: SumsParts) -> Callable[[], None]
 def available_memory() -> int:
     """Bytes that this machine can still give."""
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+TURNS = 5
+WARM_UP = 3
+MOST_STEPS = 40
+SECONDS = 4.0
+"""Most of measuring steps, after the first."""
+COMPUTE_SECONDS = 0.3
+COORDINATING = ("scatter", "reduce", "optimize", "broadcast", "commit")
+
+
+def measure_machine(config: Config, world: MPI.Comm, rows: list[dict[str, Any]]) -> Machine:
+    """The machine, as rank 0 sees it. Collective over ``world``.
+
+    Args:
+        config: whose model and batch are the measure; the vocabulary size is resolved.
+        world: ranks of one node.
+        rows: of :func:`hiermpi.benchmarks.reduce.bench_reduce`.
+    """
+    cores, waiter = usable_cores(), Waiter()
+    few = min(world.size, cores)
+    call, token = compute_seconds(config, world, few, waiter)
+    machine = Machine(
+        host=socket.gethostname(),
+        date=datetime.datetime.now(tz=datetime.UTC).date().isoformat(),
+        cores=cores,
+        ranks=world.size,
+        token_flops=step_flops(config) / (config.train.batch_size * config.model.context_length),
+        token_seconds=token,
+        call_seconds=call,
+        sum_rate=sum_rate(rows, world.size),
+        optimize_seconds=0.0,
+        batch_seconds=0.0,
+        overhead_seconds=0.0,
+        crowded_overhead_seconds=0.0,
+        root_seconds=0.0,
+        tree=fitted_line(rows, "tree", world.size),
+        flat=fitted_line(rows, "flat", world.size),
+    )
+    machine = with_overheads(machine, config, world, few, waiter)
+    return broadcast_object(world, machine, waiter)
+
+
+def compute_seconds(config: Config, world: MPI.Comm, n: int, waiter: Waiter) -> tuple[float, float]:
+    """(per call, per token) CPU seconds as ``n`` ranks compute, others asleep. Collective over ``world``."""
+    model = config.model
+    several = max(2, min(micro_batch_sequences(model, config.train.micro_batch_size), 8))
+    medians = np.zeros(2)
+    if world.rank < n:
+        alone = Communicators(MPI.COMM_SELF, model.symmetry_order)
+        single = dataclasses.replace(
+            config,
+            train=dataclasses.replace(config.train, micro_batch_size=several),
+            hierarchy=dataclasses.replace(config.hierarchy, reduction="flat"),
+        )
+        rank = assemble(single, alone, data=None, training=False)
+        gradients = rank.model.parameters.new_vector()
+        tokens = np.random.default_rng(world.rank).integers(0, model.vocab_size, (several, model.context_length + 1))
+    for index, sequences in enumerate((1, several)):
+        idle_barrier(world)
+        if world.rank < n:
+            rows = tokens[:sequences].astype(np.int32)
+            batch = Batch(rows[:, :-1], rows[:, 1:], np.arange(sequences), 1, 1)
+            writes = isinstance(rank.model, WritingModel)
+            compute = rank.model.write_gradients if writes else rank.model.loss_and_gradients  # type: ignore[attr-defined]
+            taken: list[float] = []
+            begun = time.perf_counter()
+            while len(taken) <= TURNS or time.perf_counter() - begun < COMPUTE_SECONDS:
+                start = time.process_time()
+                compute(batch, gradients)
+                taken.append(time.process_time() - start)
+            medians[index] = statistics.median(taken[1:])
+    if world.rank < n:
+        rank.free()
+        alone.free()
+    idle_barrier(world)
+    waiter.wait(world.Iallreduce(MPI.IN_PLACE, medians))
+    one, many = medians / n
+    token = max(many - one, 1e-9) / ((several - 1) * model.context_length)
+    return max(one - token * model.context_length, 0.0), token
+
+
+def sum_rate(rows: list[dict[str, Any]], ranks: int) -> float:
+    """Bytes a second of the largest sum: alone, or, where there is no shared memory, with all the waiting."""
+    alone = [entry["bytes_per_second"] for entry in rows if entry["method"] == "sum bandwidth"]
+    last = [entry for entry in rows if entry["method"] == "shared"][-1]
+    return float(alone[-1] if alone else 4 * last["n"] * (ranks + 1) / last["median_s"])
+
+
+def idle_barrier(world: MPI.Comm) -> None:
+    """A barrier whose waiters take nothing from those who measure. Collective over ``world``."""
+    request = world.Ibarrier()
+    while not request.Test():
+        time.sleep(0.02)
+
+
+def fitted_line(rows: list[dict[str, Any]], method: str, ranks: int) -> Line:
+    """Latency and rate of a reduction, from the smallest and the largest size."""
+    known = {entry["n"]: entry["median_s"] for entry in rows if entry["method"] == method}
+    smallest, largest = min(known), max(known)
+    crossing = 8 * (ranks - 1) * (largest - smallest)
+    return Line(known[smallest], max(crossing, 1) / max(known[largest] - known[smallest], 1e-9))
+
+
+def with_overheads(machine: Machine, config: Config, world: MPI.Comm, few: int, waiter: Waiter) -> Machine:
+    """What real steps take beyond the rest: on a core each, and with all ranks. Collective over ``world``."""
+    for ranks in sorted({few, world.size}):
+        some = world.Split(0 if world.rank < ranks else MPI.UNDEFINED, world.rank)
+        if some != MPI.COMM_NULL:
+            comms = Communicators(some, config.model.symmetry_order, config.hierarchy.coordinators)
+            trainer = make_trainer(config, comms)
+            seconds = step_seconds(trainer, comms)
+            if world.rank == 0:
+                machine = dataclasses.replace(machine, **readings(machine, config, trainer, seconds, ranks))
+            trainer.rank.free()
+            comms.free()
+            some.Free()
+        idle_barrier(world)
+    return machine
+
+
+def step_seconds(trainer: Trainer, comms: Communicators) -> list[float]:
+    """Of some steps, after a few to warm up. Collective over the hierarchy."""
+    warm = [trainer.step().seconds for _ in range(WARM_UP)]
+    count = max(TURNS, min(MOST_STEPS, int(SECONDS / warm[-1])))
+    count = broadcast_object(comms.world, count, comms.waiter)
+    return [trainer.step().seconds for _ in range(count)]
+
+
+def readings(machine: Machine, config: Config, trainer: Trainer, seconds: list[float], ranks: int) -> dict[str, Any]:
+    """The fields of :class:`Machine` that steps of ``ranks`` ranks tell."""
+    phases, steps, topology = trainer.phases, len(seconds) + WARM_UP, trainer.comms.topology
+    optimizer = trainer.rank.optimizer
+    assert optimizer is not None
+    assert trainer.source is not None
+    fixed, each = batch_seconds(trainer.source)
+    owned = optimizer.elements
+    known: dict[str, Any] = {"batch_seconds": each}
+    alone = ranks <= machine.cores
+    if owned and alone:
+        worked = phases.seconds["optimize"] - phases.waits["optimize"]
+        known["optimize_seconds"] = worked / steps / owned
+    if trainer.sequences and alone:
+        # Steps are longer than what was timed alone, and are what is to be predicted: they say how much it is.
+        expected = leaf_seconds(machine, config, config.model, trainer.sequences / steps)
+        scale = phases.cpu["compute"] / steps / expected
+        known |= {name: scale * getattr(machine, name) for name in ("token_seconds", "call_seconds")}
+    if ranks == machine.ranks:
+        known["root_seconds"] = fixed + sum(phases.cpu[name] for name in COORDINATING) / steps
+    predicted = predict(dataclasses.replace(machine, **known), topology, config, config.model)
+    rest = max(statistics.median(seconds) - predicted.step_seconds, 0.0)
+    if not alone:
+        known["crowded_overhead_seconds"] = rest * machine.cores / ranks
+    elif ranks > 1:
+        known["overhead_seconds"] = rest
+    return known
+
+
+def batch_seconds(source: BatchSource) -> tuple[float, float]:
+    """CPU seconds of preparing a batch: of any, and of each sequence in it."""
+    sizes, medians = (source.batch_size, 8 * source.batch_size), []
+    for index, size in enumerate(sizes):
+        source.batch_size = size
+        taken = []
+        for turn in range(TURNS):
+            start = time.process_time()
+            source.prepare((index * TURNS + turn + 1) * size)
+            taken.append(time.process_time() - start)
+        medians.append(statistics.median(taken))
+    source.batch_size = sizes[0]
+    each = max(medians[1] - medians[0], 0.0) / (sizes[1] - sizes[0])
+    return max(medians[0] - each * sizes[0], 0.0), each

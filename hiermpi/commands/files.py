@@ -52,8 +52,7 @@ def configure_prepare(parser: argparse.ArgumentParser) -> None:
 
 def run_prepare(arguments: argparse.Namespace) -> int:
     """Prepare the dataset and tell what is in it."""
-    from hiermpi.preparation.encoding import Encoder
-    from hiermpi.preparation.preparing import prepare_with
+    from hiermpi.preparation.preparing import Encoder, prepare_with
 
     print(describe_prepared(prepare_with(preparation(arguments), Encoder())))
     return 0
@@ -63,8 +62,7 @@ def prepare_together(arguments: argparse.Namespace, world: "MPI.Comm") -> int:
     """Prepare on rank 0, which has all ranks encode. Collective over ``world``."""
     from hiermpi.communication.agreement import agreed
     from hiermpi.communication.waiting import Waiter
-    from hiermpi.preparation.encoding import TeamEncoder
-    from hiermpi.preparation.preparing import prepare_with
+    from hiermpi.preparation.preparing import TeamEncoder, prepare_with
 
     encoder = TeamEncoder(world)
     with agreed(world, Waiter()):

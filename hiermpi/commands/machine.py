@@ -143,8 +143,7 @@ def bench_together(arguments: argparse.Namespace, world: "MPI.Comm") -> int:
 
 def bench_reduce_and_machine(arguments: argparse.Namespace, world: "MPI.Comm") -> dict[str, Any]:
     """Measure the reductions; on one node, also what plan predicts from, and keep that. Collective over ``world``."""
-    from hiermpi.benchmarks.machine import measure_machine
-    from hiermpi.benchmarks.reduce import bench_reduce
+    from hiermpi.benchmarks.reduce import bench_reduce, measure_machine
     from hiermpi.communication.agreement import agreed
     from hiermpi.communication.waiting import Waiter
     from hiermpi.planning.cost import default_path, keep_machine

@@ -96,7 +96,7 @@ def import_object(place: str, setting: str) -> Any:
 
 
 FAMILIES = Registry("model.family", {"gpt2": "hiermpi.model.gpt2:FAMILY"})
-RULES = Registry("optimizer.rule", {"adamw": "hiermpi.optimizer.adamw:RULE"})
+RULES = Registry("optimizer.rule", {"adamw": "hiermpi.optimizer.rules:RULE"})
 SCHEDULES = Registry(
     "optimizer.schedule",
     {

@@ -159,7 +159,7 @@ def pull_together(
     """Add the gradient of the lattice's coupling to the rows of some symmetry classes.
 
     Row q of a class is pulled to row q of every other class and to its partner, row q XOR 1 of its own, where these
-    exist; see :mod:`hiermpi.hierarchy.lattice` for the formula.
+    exist; see :mod:`hiermpi.model.parameters` for the formula.
 
     Args:
         out: (V, C) gradient, added to.

@@ -7,7 +7,7 @@ Tensors whose rows belong to tokens are in class-major order: each symmetry clas
 model works on row ids; token ids are mapped at the data boundary. Checkpoints, exports and logits are in token order.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from math import prod
@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from hiermpi.errors import DamagedFile
+from hiermpi.kernels.loops import pull_together
 from hiermpi.kernels.memory import aligned_zeros, round_up
 
 
@@ -203,3 +204,37 @@ def require_tensors(specs: Sequence[TensorSpec], tensors: Mapping[str, NDArray],
     if found != expected:
         names = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
         raise DamagedFile(f"{source}: tensors do not fit the model's settings: {', '.join(names[:4])}")
+
+
+class Lattice:
+    """The neighbours in a class-major table.
+
+    Args:
+        class_bounds: (S + 1,) rows at which the classes begin, and V.
+    """
+
+    def __init__(self, class_bounds: NDArray[np.int64]) -> None:
+        self.bounds = np.ascontiguousarray(class_bounds, np.int64)
+        sizes = np.diff(class_bounds)
+        self.deepest = int(sizes.max(initial=0))
+        shell = (sizes[:, None] > np.arange(self.deepest)).sum(axis=0)  # (Q,) classes that have a place q
+        self._factors: list[NDArray[np.float32]] = []
+        """For each class (n, 1): k + 1."""
+        for size in sizes:
+            place = np.arange(size)
+            neighbours = shell[:size] - 1 + ((place ^ 1) < size)
+            self._factors.append((neighbours + 1)[:, None].astype(np.float32))
+
+    def add_gradient(
+        self,
+        out: NDArray[np.floating],
+        table: NDArray[np.floating],
+        coupling: float,
+        classes: Collection[int] | None = None,
+    ) -> NDArray[np.float64]:
+        """Add the gradient of the rows of ``classes`` (all by default) to ``out`` (V, C). O(V C).
+
+        Returns (S,) the share of each of these classes in the loss, for the (V, C) ``table``.
+        """
+        chosen = range(len(self._factors)) if classes is None else classes
+        return pull_together(out, table, self.bounds, self._factors, coupling, chosen)

@@ -25,7 +25,7 @@ It is chosen with ``--optimizer.rule my_module:RULE``.
 """
 
 from collections.abc import Mapping
-from math import cos, pi
+from math import cos, pi, sqrt
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -33,6 +33,7 @@ from numpy.typing import NDArray
 
 from hiermpi.config.registry import RULES, SCHEDULES
 from hiermpi.errors import PluginError
+from hiermpi.kernels import Kernels, load_kernels
 from hiermpi.model.parameters import TensorSpec
 
 Vector = NDArray[np.float32]
@@ -174,3 +175,40 @@ def constant(
 ) -> float:
     """Warm up linearly, then stay."""
     return learning_rate * (step + 1) / (warmup_steps + 1) if step < warmup_steps else learning_rate
+
+
+EPSILON = 1e-8
+
+
+class AdamW:
+    """The rule.
+
+    Args:
+        kernels: What computes it; by default those of the environment at the time of the update.
+    """
+
+    state = ("m", "v")
+
+    def __init__(self, kernels: Kernels | None = None) -> None:
+        self.kernels = kernels
+
+    def with_kernels(self, kernels: Kernels) -> "AdamW":
+        """Return the same rule, computed by these kernels."""
+        return AdamW(kernels)
+
+    def update(self, new: Values, old: Values, gradients: Vector, hyper: Hyper) -> None:
+        kernels = self.kernels or load_kernels()
+        written = (new.parameters, new.state["m"], new.state["v"])
+        kernels.adamw(
+            (*written, old.parameters, gradients, old.state["m"], old.state["v"]),
+            hyper.scale,
+            hyper.beta1,
+            hyper.beta2,
+            hyper.learning_rate / (1.0 - hyper.beta1**hyper.count),
+            1.0 / sqrt(1.0 - hyper.beta2**hyper.count),
+            EPSILON,
+            1.0 - hyper.learning_rate * hyper.weight_decay,
+        )
+
+
+RULE = AdamW()

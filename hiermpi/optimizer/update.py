@@ -19,11 +19,10 @@ from numpy.typing import NDArray
 
 from hiermpi.config.schema import Config, OptimizerConfig
 from hiermpi.errors import PluginError, UserError
-from hiermpi.hierarchy.lattice import Lattice
 from hiermpi.hierarchy.ownership import FREE, Ownership, assign
 from hiermpi.hierarchy.topology import Topology
 from hiermpi.kernels import Kernels, load_kernels
-from hiermpi.model.parameters import ParameterBuffer, ParameterLayout
+from hiermpi.model.parameters import Lattice, ParameterBuffer, ParameterLayout
 from hiermpi.optimizer.rules import Hyper, Rule, Schedule, Values, needs_whole, rule_of
 
 LARGEST_BLOCK = 4096

@@ -23,7 +23,7 @@ from hiermpi.hierarchy.topology import Topology, compute_slots
 from hiermpi.model.contract import load_family, specs_of
 from hiermpi.model.parameters import ParameterLayout
 from hiermpi.optimizer.sums import sequences_at_once, summed_type
-from hiermpi.planning.memory import owned_elements, planned_ownership, shares_memory
+from hiermpi.planning.plan import owned_elements, planned_ownership, shares_memory
 
 MOST_SEQUENCES = 4096
 """Per leaf, up to which thresholds are looked for."""

@@ -3,9 +3,8 @@
 import numpy as np
 import pytest
 
-from hiermpi.hierarchy.lattice import Lattice
 from hiermpi.kernels import loops
-from hiermpi.model.parameters import SymmetryTable
+from hiermpi.model.parameters import Lattice, SymmetryTable
 
 TABLES = [
     (np.arange(24) % 12, 12),  # full shells, every partner

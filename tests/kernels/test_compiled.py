@@ -6,8 +6,7 @@ import pytest
 from hiermpi.errors import UsageError
 from hiermpi.kernels import available_levels, load_kernels, using_kernels
 from hiermpi.kernels.layers import NO_KEYS, ReferenceKernels, padded, sequence_keys, threshold_of
-from hiermpi.optimizer.adamw import AdamW
-from hiermpi.optimizer.rules import Hyper, Values
+from hiermpi.optimizer.rules import AdamW, Hyper, Values
 
 AVAILABLE = available_levels()
 JUDGE = ReferenceKernels()

@@ -8,8 +8,7 @@ import pytest
 from hiermpi.kernels import load_kernels
 from hiermpi.kernels.layers import ADAMW_BLOCK as BLOCK
 from hiermpi.kernels.memory import ALIGNMENT
-from hiermpi.optimizer.adamw import AdamW
-from hiermpi.optimizer.rules import Hyper, Values
+from hiermpi.optimizer.rules import AdamW, Hyper, Values
 
 UNIT = ALIGNMENT // 4
 N = 3 * BLOCK + 5 * UNIT  # not a whole number of blocks

@@ -6,8 +6,7 @@ import pytest
 from hiermpi.config.schema import OptimizerConfig
 from hiermpi.hierarchy.ownership import owned_by_root
 from hiermpi.model.parameters import ParameterBuffer, TensorSpec
-from hiermpi.optimizer.adamw import RULE
-from hiermpi.optimizer.rules import cosine
+from hiermpi.optimizer.rules import RULE, cosine
 from hiermpi.optimizer.update import Optimizer, OptimizerSettings
 
 SIZE = 640

@@ -8,8 +8,7 @@ from hiermpi.cli import main
 from hiermpi.config.schema import Config, HierarchyConfig, ModelConfig, TrainConfig
 from hiermpi.hierarchy.topology import Topology
 from hiermpi.planning.drawing import describe, ranges, size, tree_lines
-from hiermpi.planning.memory import MESSAGE_BYTES
-from hiermpi.planning.plan import plan, suggest
+from hiermpi.planning.plan import MESSAGE_BYTES, plan, suggest
 
 VECTOR = 4 * 858_880  # the default model with 256 tokens; every tensor is a multiple of a cache line
 
