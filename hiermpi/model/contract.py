@@ -51,12 +51,13 @@ It is chosen with ``--model.family my_module:FAMILY``.
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hiermpi.config.registry import FAMILIES
+from hiermpi.config.registry import FAMILIES, is_outside
 from hiermpi.config.schema import ModelConfig
 from hiermpi.errors import PluginError, UsageError
 from hiermpi.model.parameters import ParameterBuffer, TensorSpec
@@ -195,6 +196,29 @@ def load_family(choice: Any) -> Family:
                 f"model.family = {choice}: it has no method {name}: a family needs specs, make and initialize"
             )
     return family
+
+
+def family_of(shape: ModelConfig, given: Any, source: Path) -> Family:
+    """Return the family of a checkpoint's model.
+
+    A registered one is used as the checkpoint names it. One from outside the package is never imported because a file
+    names it: the user must give the same text, or the object.
+
+    Args:
+        shape: The model's settings in the checkpoint.
+        given: What the user gave: a text, an object, or None.
+        source: The checkpoint, for the message.
+    """
+    if given is not None and not isinstance(given, str):
+        return load_family(given)
+    if is_outside(shape.family) and given != shape.family:
+        raise UsageError(
+            f"the model in {source} is of the family {shape.family}, which is not a part of hiermpi: add --model.family "
+            f"{shape.family} to have that code imported"
+        )
+    if given and given != shape.family:
+        raise UsageError(f"--model.family {given}: the model in {source} is of the family {shape.family}")
+    return load_family(shape.family)
 
 
 def specs_of(family: Family, config: ModelConfig) -> list[TensorSpec]:

@@ -16,7 +16,7 @@ from hiermpi.config.schema import Config, HierarchyConfig, ModelConfig, TrainCon
 from hiermpi.data.tokenizers import tokenizer_from_json
 from hiermpi.errors import UserError
 from hiermpi.hierarchy.routing import even_leaves
-from hiermpi.model.contract import Family, Model
+from hiermpi.model.contract import Family, Model, family_of
 from hiermpi.optimizer.sums import rounded_loss
 from hiermpi.training.batches import EvaluationSource, records_to_batch
 
@@ -206,7 +206,7 @@ def open_scored(source: Path, data: Path, split: str, family: Any) -> Scored:
     """Open checkpoint and dataset and check that they fit. Raises UserError."""
     from hiermpi.storage.checkpoint import model_config
     from hiermpi.storage.dataset import open_dataset
-    from hiermpi.training.opening import family_of, open_checkpoint
+    from hiermpi.training.opening import open_checkpoint
 
     checkpoint = open_checkpoint(source)
     dataset = open_dataset(data)
