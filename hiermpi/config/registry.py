@@ -61,6 +61,16 @@ class Registry(Mapping[str, Any]):
         named = choice if hasattr(choice, "__qualname__") else type(choice)
         return f"{named.__module__}:{named.__qualname__}"
 
+    def called(self, made: Any, choice: Any) -> str:
+        """Return what the user calls an object that was made for a choice; nothing for one of the package's.
+
+        Args:
+            made: The object.
+            choice: The text in the setting, which a program may have replaced by an object.
+        """
+        module = str(getattr(made, "__module__", ""))
+        return "" if module.partition(".")[0] == "hiermpi" else self.outside(choice) or self.outside(made)
+
     def described(self, choice: Any) -> str:
         """Return how messages call a choice, such as ``optimizer.rule = adamw``."""
         return f"{self.setting} = {self.outside(choice) or choice}"

@@ -12,16 +12,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import fsum, isfinite, sqrt
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hiermpi.config.schema import Config, OptimizerConfig
-from hiermpi.errors import PluginError, UserError
+from hiermpi.errors import PluginError, plugin_errors
 from hiermpi.hierarchy.ownership import FREE, Ownership, assign
 from hiermpi.hierarchy.topology import Topology
 from hiermpi.kernels import Kernels, load_kernels
+from hiermpi.kernels.memory import read_only
 from hiermpi.model.parameters import Lattice, ParameterBuffer, ParameterLayout
 from hiermpi.optimizer.rules import Hyper, Rule, Schedule, Values, needs_whole, rule_of
 
@@ -291,14 +293,18 @@ class Optimizer:
         self, piece: Piece, new: Values, old: Values, gradients: NDArray[np.float32], numbers: Hyper
     ) -> None:
         """Apply a rule from outside; what it raises or breaks is told in one sentence that names it."""
-        try:
-            piece.rule.update(new, old, gradients, numbers)
-        except UserError:
-            raise
-        except Exception as error:
-            raise PluginError(f"optimizer.rule = {self.name}: {type(error).__name__}: {error}") from error
-        if not np.isfinite(new.parameters).all() and np.isfinite(gradients).all():
-            raise PluginError(f"optimizer.rule = {self.name}: it made parameters that are not finite")
+        name = f"optimizer.rule = {self.name}"
+        before = Values(read_only(old.parameters), {key: read_only(vector) for key, vector in old.state.items()})
+        numbers = numbers._replace(options=MappingProxyType(dict(numbers.options)))
+        with plugin_errors(name):
+            returned: object = piece.rule.update(  # type: ignore[func-returns-value]
+                new, before, read_only(gradients), numbers
+            )
+        if returned is not None:
+            raise PluginError(f"{name}: update returned {type(returned).__name__}: it must write into `new`, and return None")
+        for what, vector in {"parameters": new.parameters, **new.state}.items():
+            if not np.isfinite(vector).all():
+                raise PluginError(f"{name}: it made {what} that are not finite")
 
     def commit(self) -> None:
         """Count the update, and make the state that it wrote the state."""
