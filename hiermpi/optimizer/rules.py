@@ -67,9 +67,9 @@ class Hyper(NamedTuple):
 class Rule(Protocol):
     """A way to update parameters.
 
-    Two methods are optional. ``needs_whole(spec) -> bool`` names the tensors (:class:`hiermpi.TensorSpec`) that one owner
-    must hold whole; such a tensor is a piece of its own, with ``hyper.shape``. ``rule_of(spec) -> Rule`` leaves a tensor to
-    another rule; the state named here then has the names of both.
+    Two methods are optional. ``needs_whole(spec) -> bool`` names the tensors (:class:`hiermpi.TensorSpec`) that one
+    owner must hold whole; such a tensor is a piece of its own, with ``hyper.shape``. ``rule_of(spec) -> Rule`` leaves
+    a tensor to another rule; the state named here then has the names of both.
     """
 
     state: tuple[str, ...]
@@ -104,7 +104,8 @@ def load_rule(choice: Any) -> Rule:
     good = names is not None and all(isinstance(name, str) and name.isidentifier() for name in names)
     if names is None or not good or len(set(names)) < len(names):
         raise PluginError(
-            f"optimizer.rule = {choice}: its `state` must be a tuple of distinct names, such as ('momentum',), not {state!r}"
+            f"optimizer.rule = {choice}: its `state` must be a tuple of distinct names, such as ('momentum',), "
+            f"not {state!r}"
         )
     return rule
 
