@@ -1,7 +1,7 @@
 """A language model of one's own, in numpy: the next token from the last two, through one hidden layer.
 
-It is the smallest form of the model of Bengio et al., A neural probabilistic language model (2003). It has tensors of its
-own, no attention and no heads; the width of its hidden layer is an option:
+It is the smallest form of the model of Bengio et al., A neural probabilistic language model (2003). It has tensors of
+its own, no attention and no heads; the width of its hidden layer is an option:
 
     mpirun -n 4 hiermpi train --data data.h5 --run runs/mlp --model.family examples.own_model:FAMILY \
         --model.options '{hidden = 96}'

@@ -1,6 +1,6 @@
 """An optimizer rule of one's own: stochastic gradient descent with Nesterov's momentum (Sutskever et al. 2013).
 
-    mpirun -n 4 hiermpi train --data data.h5 --run runs/sgd --optimizer.rule examples.own_optimizer:RULE \
+mpirun -n 4 hiermpi train --data data.h5 --run runs/sgd --optimizer.rule examples.own_optimizer:RULE \
         --optimizer.options '{momentum = 0.95}' --optimizer.learning_rate 0.3 --optimizer.min_learning_rate 0.03
 """
 

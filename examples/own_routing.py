@@ -1,6 +1,6 @@
 """A routing rule of one's own: an even share for everybody, whatever the tokens are.
 
-    mpirun -n 13 hiermpi train --data data.h5 --run runs/even --hierarchy.routing examples.own_routing:ROUTING
+mpirun -n 13 hiermpi train --data data.h5 --run runs/even --hierarchy.routing examples.own_routing:ROUTING
 """
 
 import numpy as np

@@ -1,7 +1,7 @@
 """Any ``torch.nn.Module`` with a loss, trained by hiermpi: PyTorch computes, hiermpi does the rest.
 
-The module's parameters and their gradients are views of hiermpi's flat vectors, so nothing is copied in a step. For a module
-of your own, write a function like :func:`build` and put ``FAMILY = TorchFamily(build)`` into your file.
+The module's parameters and their gradients are views of hiermpi's flat vectors, so nothing is copied in a step. For a
+module of your own, write a function like :func:`build` and put ``FAMILY = TorchFamily(build)`` into your file.
 
     mpirun -n 2 hiermpi train --data data.h5 --run runs/torch --model.family examples.own_torch_model:FAMILY
 """

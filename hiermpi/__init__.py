@@ -1,7 +1,7 @@
 """hiermpi: data-parallel training of language models on CPU clusters, through MPI.
 
-The names below are the door for programs. Each is imported when it is first used: ``import hiermpi`` loads neither numpy
-nor MPI, and only :func:`train` and :func:`evaluate` with a communicator need MPI at all.
+The names below are the door for programs. Each is imported when it is first used: ``import hiermpi`` loads neither
+numpy nor MPI, and only :func:`train` and :func:`evaluate` with a communicator need MPI at all.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -50,7 +50,27 @@ PLACES = {
 }
 """Where each name of the API is defined."""
 
-__all__ = [*PLACES, "__version__"]
+__all__ = [
+    "Batch",
+    "Config",
+    "Document",
+    "Family",
+    "Hyper",
+    "Model",
+    "ParameterBuffer",
+    "PluginError",
+    "Reduction",
+    "Rule",
+    "TensorSpec",
+    "TrainResult",
+    "UserError",
+    "Values",
+    "__version__",
+    "evaluate",
+    "generate",
+    "prepare",
+    "train",
+]
 
 
 def __getattr__(name: str) -> Any:

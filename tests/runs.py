@@ -24,19 +24,19 @@ def make_dataset(folder, text=TEXT, *options):
     source.write_text(text)
     out = folder / "data.h5"
     arguments = parse(["prepare", str(source), "--out", str(out), *options])
-    from hiermpi.commands import prepare
+    from hiermpi.commands.files import run_prepare
 
-    assert prepare.run(arguments) == 0
+    assert run_prepare(arguments) == 0
     return out
 
 
 def train_on(comm, data, run, *options, environment=None):
     """``hiermpi train`` on the ranks of ``comm``; its exit code. Collective over ``comm``."""
-    from hiermpi.commands.train import run_together
+    from hiermpi.commands.train import train_together
 
     arguments = parse(["train", "--data", str(data), "--run", str(run), *map(str, options)])
     with mock.patch.dict(os.environ, environment or {}):
-        return run_together(arguments, comm)
+        return train_together(arguments, comm)
 
 
 def losses(run):

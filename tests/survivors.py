@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 from mpi4py import MPI
@@ -17,50 +18,75 @@ from mpi4py import MPI
 from hiermpi.cli import parse
 from hiermpi.communication.communicators import Communicators
 from hiermpi.communication.waiting import StallError
-from hiermpi.optimizer import update as updating
-from hiermpi.training import opening
-from hiermpi.training.session import Session, open_everywhere
+from hiermpi.config.loading import load_config
+from hiermpi.optimizer.update import Optimizer
+from hiermpi.training import opening, session
+from hiermpi.training.session import Session, run_training
 
 
-def die_in_the_middle(trainer, step):
+def die_in_the_middle(optimizer: Optimizer, step: int) -> None:
     """Have this rank killed when half of what it owns is updated in step number ``step``."""
-    whole_update = updating.adamw_update
+    whole_update = optimizer.update
 
-    def half_an_update(*arrays, decay_ranges, **settings):
-        if trainer.progress.step + 1 < step:
-            whole_update(*arrays, decay_ranges=decay_ranges, **settings)
-            return
-        start, stop, decay = decay_ranges[0]
-        half = [(start, start + (stop - start) // 2, decay)] if len(decay_ranges) == 1 else decay_ranges[:-1]
-        whole_update(*arrays, decay_ranges=half, **settings)
-        os.kill(os.getpid(), signal.SIGKILL)
+    def half_an_update(gradients: np.ndarray, n_tokens: int, norm: float, before: int) -> None:
+        if before + 1 == step:
+            if len(optimizer._pieces) > 1:
+                del optimizer._pieces[-1]
+            else:
+                piece = optimizer._pieces[0]
+                optimizer._pieces[0] = piece._replace(stop=(piece.start + piece.stop) // 2)
+            for slot in optimizer._values:
+                del slot[len(optimizer._pieces) :]
+                if len(slot) == 1:
+                    length = optimizer._pieces[0].stop - optimizer._pieces[0].start
+                    state = {name: vector[:length] for name, vector in slot[0].state.items()}
+                    slot[0] = slot[0]._replace(parameters=slot[0].parameters[:length], state=state)
+        whole_update(gradients, n_tokens, norm, before)
+        if before + 1 == step:
+            os.kill(os.getpid(), signal.SIGKILL)
 
-    updating.adamw_update = half_an_update
+    optimizer.update = half_an_update  # type: ignore[method-assign]
 
 
-def main(data, folder, victim, step, *settings):
+class DyingSession(Session):
+    """A run that only takes steps, and ends in the middle of one."""
+
+    folder_of_states: Path
+    victim: int
+    step: int
+
+    def run(self) -> NoReturn:
+        rank, reduction = self.rank, self.rank.reduction
+        if self.comms.rank == self.victim:
+            assert rank.optimizer
+            die_in_the_middle(rank.optimizer, self.step)
+        try:
+            while rank.progress.step < self.config.train.steps:
+                self.trainer.step()
+        except (StallError, MPI.Exception):
+            parameters = rank.model.parameters
+            parts = {"parameters": parameters.vector}
+            if reduction.shares_memory:  # the moments of all owners of the node, also of the one that is gone
+                parts |= reduction.state_slots()[parameters.slot]
+            tensors = {part: parameters.tensors_in_token_order(vector) for part, vector in parts.items()}
+            arrays = {f"{part}/{name}": tensor for part, named in tensors.items() for name, tensor in named.items()}
+            np.savez(self.folder_of_states / f"rank-{self.comms.rank}.npz", step=rank.progress.step, **arrays)
+        sys.stdout.flush()
+        os._exit(0)  # MPI_Finalize would wait for the dead
+
+
+def impatient(world: MPI.Comm, order: int, coordinators: str, *_: float) -> Communicators:
+    """Make the hierarchy of a run that soon gives up waiting."""
+    return Communicators(world, order, coordinators, stall_warn=0, stall_abort=0.9)
+
+
+def main(data: str, folder: str, victim: str, step: str, *settings: str) -> None:
     opening.refuse_unavailable = lambda _: None
-    world = MPI.COMM_WORLD
+    session.Communicators = impatient  # type: ignore[assignment, misc]
+    session.Session = DyingSession  # type: ignore[misc]
+    DyingSession.folder_of_states, DyingSession.victim, DyingSession.step = Path(folder), int(victim), int(step)
     arguments = parse(["train", "--data", data, "--run", f"{folder}/run", *settings])
-    opened, start = open_everywhere(arguments, world)
-    comms = Communicators(world, start.config.model.symmetry_order, stall_warn=0, stall_abort=0.9)
-    session = Session(start, comms, opened)
-    trainer = session.trainer
-    if comms.rank == int(victim):
-        die_in_the_middle(trainer, int(step))
-    try:
-        while trainer.progress.step < start.config.train.steps:
-            trainer.step()
-    except (StallError, MPI.Exception):
-        in_order, parameters = session.model.tensors_in_token_order, session.model.parameters
-        parts = {"parameters": parameters.vector}
-        if session.reduction.shares_memory:  # the moments of all owners of the node, also of the one that is gone
-            parts |= session.reduction.state_slots()[parameters.slot]
-        tensors = {part: in_order(vector) for part, vector in parts.items()}
-        arrays = {f"{part}/{name}": tensor for part, named in tensors.items() for name, tensor in named.items()}
-        np.savez(Path(folder) / f"rank-{comms.rank}.npz", step=trainer.progress.step, **arrays)
-    sys.stdout.flush()
-    os._exit(0)  # MPI_Finalize would wait for the dead
+    run_training(MPI.COMM_WORLD, lambda: load_config(arguments, os.environ), arguments.data, arguments.run)
 
 
 main(*sys.argv[1:])

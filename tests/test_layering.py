@@ -11,8 +11,7 @@ import hiermpi
 ROOT = Path(hiermpi.__file__).parent
 FLOORS = (
     ("errors", "progress", "signals"),
-    ("registry", "files"),
-    ("config", "kernels"),
+    ("config", "files", "kernels"),
     ("data", "hierarchy", "model"),
     ("communication", "optimizer", "storage"),
     ("interchange", "planning", "preparation", "reporting", "training"),

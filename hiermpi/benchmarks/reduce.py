@@ -1,5 +1,4 @@
-"""Ways to sum a vector over all ranks, against each other and the memory's own speed; and what else ``plan`` predicts from.
-"""
+"""Ways to sum a vector over all ranks, timed side by side, and the machine's figures that ``plan`` predicts from."""
 
 import dataclasses
 import datetime

@@ -1,7 +1,7 @@
 """The commands of the command line: what each says in ``--help``, and what it runs.
 
-Each command is a :class:`Command` in a module here and one line in :data:`hiermpi.config.registry.COMMANDS`. Imports at the top
-of these modules stay light: ``--help`` imports all of them, on login nodes that forbid MPI_Init.
+Each command is a :class:`Command` in a module here and one line in :data:`hiermpi.config.registry.COMMANDS`. Imports
+at the top of these modules stay light: ``--help`` imports all of them, on login nodes that forbid MPI_Init.
 """
 
 import argparse

@@ -110,7 +110,8 @@ def run_evaluate(arguments: argparse.Namespace) -> int:
     """Evaluate in this process."""
     from hiermpi.training.evaluation import evaluate
 
-    print_evaluation(evaluate(arguments.source, arguments.data, arguments.split, family=given_family(arguments)), arguments.json)
+    found = evaluate(arguments.source, arguments.data, arguments.split, family=given_family(arguments))
+    print_evaluation(found, arguments.json)
     return 0
 
 

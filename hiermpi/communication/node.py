@@ -1,15 +1,16 @@
 """What the ranks of a node share: memory, and slots to compute in where there are more ranks than cores.
 
-Memory is an anonymous file (memfd) that one rank makes and the others open through /proc: it is not bounded by the size of
-/dev/shm, nothing can be left behind, and, unlike an MPI window, it outlives the communicator it was made with and is
-unmapped without the others. The space is allocated at once, so that too little memory is an error and not a SIGBUS.
+Memory is an anonymous file (memfd) that one rank makes and the others open through /proc: it is not bounded by the
+size of /dev/shm, nothing can be left behind, and, unlike an MPI window, it outlives the communicator it was made with
+and is unmapped without the others. The space is allocated at once, so that too little memory is an error and not a
+SIGBUS.
 
-Ranks that share a core push each other out of its caches at every switch, and together they need more memory than caches
-hold. So only as many compute at once as keep the cores busy (:func:`hiermpi.hierarchy.topology.compute_slots`), each to
-the end of its call, and one after the other in the same memory: the model's activations stay in the caches, and the node
-holds them once per core instead of once per rank. Where the slots are as many as the cores, a slot is also a certain core.
-The system would often wake the next rank behind another that computes, and leave the core that has become free idle for
-milliseconds.
+Ranks that share a core push each other out of its caches at every switch, and together they need more memory than
+caches hold. So only as many compute at once as keep the cores busy (:func:`hiermpi.hierarchy.topology.compute_slots`),
+each to the end of its call, and one after the other in the same memory: the model's activations stay in the caches,
+and the node holds them once per core instead of once per rank. Where the slots are as many as the cores, a slot is
+also a certain core. The system would often wake the next rank behind another that computes, and leave the core that
+has become free idle for milliseconds.
 """
 
 import mmap
@@ -153,12 +154,17 @@ def node_cores(comms: Communicators) -> NodeCores:
     return broadcast_object(comms.node, NodeCores(together, all(cores == together for cores in mine)), comms.waiter)
 
 
+def no_memory(_slot: int) -> None:
+    """Lend nothing to a model that keeps memory of its own."""
+
+
 def make_compute_slots(comms: Communicators, model: Any, threads: int = 1, outside: str = "") -> ComputeSlots:
     """Make slots where more ranks of this node compute than its cores have room for. Collective over the hierarchy.
 
     Args:
         comms: The hierarchy.
-        model: A model; one that can work in memory of others (``workspace_elements``, ``share_workspaces``, ``work_in``) is
+        model: A model. One that can work in memory of others (``workspace_elements``, ``share_workspaces``,
+            ``work_in``) is
             given the memory that belongs to the slots, any other keeps its own.
         threads: The threads of each rank.
         outside: How messages call the model's family, where it comes from outside the package.
@@ -185,6 +191,6 @@ def make_compute_slots(comms: Communicators, model: Any, threads: int = 1, outsi
                 if lends:
                     offsets = [start + index * stride for index in range(at_once)]
                     model.share_workspaces([memory.array(offset, (elements,), np.float32) for offset in offsets])
-                work_in = model.work_in if lends else lambda slot: None
+                work_in = model.work_in if lends else no_memory
                 slots = NodeComputeSlots(TurnQueue(memory, at_once, comms.waiter), work_in, chosen)
     return slots

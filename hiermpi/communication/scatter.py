@@ -1,4 +1,4 @@
-"""Data from the root to the ranks and back: the records that each one computes, texts, and state that lies with owners."""
+"""Data from the root to the ranks and back: records to compute, texts, and state that lies with its owners."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -21,7 +21,7 @@ from hiermpi.kernels.memory import lazy_zeros, offsets_of
 
 
 def delivery_order(topology: Topology) -> NDArray[np.int64]:
-    """Return the ranks in the order in which records leave the root: itself, then each group, its control rank first."""
+    """Return the ranks in the order in which records leave the root: itself, then group by group."""
     return np.array([0, *(rank for members in topology.groups for rank in members)])
 
 

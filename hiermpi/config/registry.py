@@ -1,8 +1,8 @@
 """The names of everything that can be chosen, and the door for what comes from outside the package.
 
 A setting such as ``optimizer.rule`` takes one of the names registered here, or ``package.module:object`` for code
-of the user's own. One more rule, reduction, format or command of hiermpi's is one file and one line here. Nothing is imported
-before it is used, so that this module stands on the ground and knows nobody.
+of the user's own. One more rule, reduction, format or command of hiermpi's is one file and one line here. Nothing is
+imported before it is used, so that this module stands on the ground and knows nobody.
 
 Objects from outside are imported only for a text that the user wrote: on the command line, in the environment, in the
 TOML file, or in a call of the Python API. A name that stands in a checkpoint or dataset is compared with these, and

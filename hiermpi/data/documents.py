@@ -1,13 +1,13 @@
 """The documents of a corpus: what they are, where they are found, and how they are cut and split.
 
-A document is a named stream of text, whatever kind of file it comes from. Readers turn files into documents; a reader of
-one's own is given with ``prepare --reader my_module:READER``. Everything else here, such as the split into training and
-validation, does not depend on the kind.
+A document is a named stream of text, whatever kind of file it comes from. Readers turn files into documents; a reader
+of one's own is given with ``prepare --reader my_module:READER``. Everything else here, such as the split into training
+and validation, does not depend on the kind.
 
 Fewer than :data:`WHOLE_DOCUMENTS_FROM` documents give the tail of each to validation (the tail of a single file, as
-nanoGPT does). More give whole documents, evenly spaced over the sorted corpus by bytes: a tail of an alphabetically sorted
-tree would not be like the rest. A document is never held as a whole: it is read block by block, in as many passes as there
-are things to find out.
+nanoGPT does). More give whole documents, evenly spaced over the sorted corpus by bytes: a tail of an alphabetically
+sorted tree would not be like the rest. A document is never held as a whole: it is read block by block, in as many
+passes as there are things to find out.
 """
 
 import codecs
@@ -154,7 +154,7 @@ class OutsideDocument:
 
 
 def walk(root: Path, excluded: frozenset[str] = frozenset()) -> Iterator[Path]:
-    """Yield the files below ``root`` in sorted order; not those in hidden or excluded folders, nor behind linked ones."""
+    """Yield the files below ``root`` in sorted order, but none in hidden, excluded or linked folders."""
     for folder, folders, files in os.walk(root):
         folders[:] = sorted(name for name in folders if name not in excluded and not name.startswith("."))
         for name in sorted(files):

@@ -1,9 +1,9 @@
 """Sequences of a corpus: which of them a step sees, and the records in which they travel.
 
-Which sequences a step sees is a pure function of (seed, cursor), so that any rank count and any resume agree. The cursor
-counts the sequences drawn since the first step. Each epoch is one permutation of the split's windows, a function of
-(seed, epoch) only; batches cross epoch ends. The windows of an epoch start at a random offset below the context length,
-so that over the epochs no token is always the first of its context.
+Which sequences a step sees is a pure function of (seed, cursor), so that any rank count and any resume agree. The
+cursor counts the sequences drawn since the first step. Each epoch is one permutation of the split's windows, a
+function of (seed, epoch) only; batches cross epoch ends. The windows of an epoch start at a random offset below the
+context length, so that over the epochs no token is always the first of its context.
 
 A sequence travels as one int32 record: its id (two columns hold an int64), then the rows of its T + 1 tokens in the
 model's table; -1 is padding.

@@ -1,8 +1,8 @@
 """Tokenizers: bytes to token ids and back.
 
-Byte-level byte pair encoding is GPT-2's (Sennrich, Haddow and Birch, arXiv 1508.07909; Radford et al. 2019). The merging
-itself is the ``tokenizers`` library's (extra ``bpe``), which is imported only where text is encoded; decoding needs no
-library.
+Byte-level byte pair encoding is GPT-2's (Sennrich, Haddow and Birch, arXiv 1508.07909; Radford et al. 2019). The
+merging itself is the ``tokenizers`` library's (extra ``bpe``), which is imported only where text is encoded; decoding
+needs no library.
 """
 
 import json

@@ -106,7 +106,8 @@ def assign(
         classes: See :class:`Ownership`.
         topology: The ranks.
         placement: ``root`` or ``sharded``.
-        together: (n,) a number for each block of a tensor that one owner must hold whole, the same for all of its blocks;
+        together: (n,) a number for each block of a tensor that one owner must hold whole, the same for all of its
+            blocks;
             :data:`FREE` for other blocks. By default there is no such tensor.
     """
     ranks = [0, *topology.control_ranks]

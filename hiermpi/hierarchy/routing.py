@@ -1,15 +1,15 @@
 """Routing: which leaf computes which sequence of a batch.
 
-It decides *who computes*, never *what is computed*. The affinity of a sequence to a group is the number of its tokens in
-the group's symmetry classes. Groups of ranks are bins here, and the root, which is in no group, is one more.
+It decides *who computes*, never *what is computed*. The affinity of a sequence to a group is the number of its tokens
+in the group's symmetry classes. Groups of ranks are bins here, and the root, which is in no group, is one more.
 
 - :func:`dominant`: the group with the most tokens in the sequence (the original's rule). Real text collapses under it.
 - :func:`lift`: the group most over-represented against the corpus' own frequencies.
 - :class:`Balanced`: the assignment of greatest total affinity with every bin within its capacity, found exactly.
 
 A rule of one's own is a function like these two (see :class:`RoutingRule`), chosen with
-``--hierarchy.routing my_module:ROUTING``. Within a bin, units go to the leaves in turn, so that leaves of a bin differ by
-at most one unit.
+``--hierarchy.routing my_module:ROUTING``. Within a bin, units go to the leaves in turn, so that leaves of a bin differ
+by at most one unit.
 """
 
 from typing import Any, Protocol
@@ -28,8 +28,8 @@ from hiermpi.kernels.memory import read_only
 class RoutingRule(Protocol):
     """A way to choose bins: a function, or a class whose instances are such functions, one for each run.
 
-    An instance may also have ``learn(counts, capacity)``, which is called once before the first batch with some sequences
-    of the corpus.
+    An instance may also have ``learn(counts, capacity)``, which is called once before the first batch with some
+    sequences of the corpus.
     """
 
     def __call__(
@@ -188,7 +188,7 @@ class Router:
         return np.add.reduceat(counts, np.arange(0, len(counts), self.unit_size), axis=0)
 
     def _capacity(self, n: int) -> Integers:
-        """Return the (bins,) units of ``n`` that each bin may hold: an even share for each of its leaves, rounded up."""
+        """Return the (bins,) units of ``n`` that each bin may hold: an even share a leaf, rounded up."""
         return self._leaves * -(-n // len(self._ranks))
 
 

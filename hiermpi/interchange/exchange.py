@@ -1,7 +1,7 @@
 """Models to and from other programs: what ``hiermpi export`` and ``hiermpi import`` do, whatever the format.
 
-A format is one object with the methods of :class:`Format` and one line in the registry of formats. What goes in and out is
-a checkpoint: a model's settings, its tensors by our names in token order, and its tokenizer.
+A format is one object with the methods of :class:`Format` and one line in the registry of formats. What goes in and
+out is a checkpoint: a model's settings, its tensors by our names in token order, and its tokenizer.
 """
 
 from collections.abc import Sequence
@@ -135,7 +135,8 @@ def read_model(source: Path, kind: Any = None, family: Family | None = None) -> 
         form: Format = FORMATS[kind]
         if form.accepts(source):
             return form.read(source)
-    names = sorted({name for kind in FORMATS for name in FORMATS[kind].file_names if name.startswith(("config", "model"))})
+    known = {name for kind in FORMATS for name in FORMATS[kind].file_names}
+    names = sorted(name for name in known if name.startswith(("config", "model")))
     raise UserError(f"{source} holds no {', '.join(names[:-1])} or {names[-1]}: name a folder with a model")
 
 

@@ -57,7 +57,7 @@ def write_huggingface(folder: Path, checkpoint: Checkpoint) -> None:
     """Fill ``folder``. Raises UserError for a family whose layout transformers does not have."""
     config = model_config(checkpoint)
     if config.family != FAMILY:
-        raise UserError(f"the model is of the family {config.family}, and --format hf has only {FAMILY}: use safetensors")
+        raise UserError(f"the model's family is {config.family}, and --format hf has only {FAMILY}: use safetensors")
     tokenizer = tokenizer_from_json(checkpoint.tokenizer)
     write_json(
         folder / CONFIG_FILE,

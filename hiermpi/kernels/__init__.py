@@ -1,8 +1,8 @@
 """All compiled code, and the numpy specification that each piece of it must agree with.
 
-Nobody outside asks whether something is compiled. ``HIERMPI_KERNELS`` chooses the form of the layers: ``auto`` (default:
-the best instruction set that the processor has), one of the instruction sets, or ``numpy``. Where the library was not
-built, ``auto`` is numpy.
+Nobody outside asks whether something is compiled. ``HIERMPI_KERNELS`` chooses the form of the layers: ``auto``
+(default: the best instruction set that the processor has), one of the instruction sets, or ``numpy``. Where the
+library was not built, ``auto`` is numpy.
 """
 
 import os

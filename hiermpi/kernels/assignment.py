@@ -92,7 +92,8 @@ def _balance_compiled(
     loss = np.empty((bins, bins), np.int64)
     affinity, capacity = np.ascontiguousarray(affinity, np.int32), np.ascontiguousarray(capacity, np.int64)
     arrays = (affinity, capacity, prices, place, load, idle, loss)
-    return loss if library.balance(*(None if array is None else address_of(array) for array in arrays), n, bins) else None
+    addresses = [None if array is None else address_of(array) for array in arrays]
+    return loss if library.balance(*addresses, n, bins) else None
 
 
 def _solve(affinity: NDArray[np.integer], capacity: Integers) -> "_Assignment":

@@ -1,7 +1,7 @@
 """Waiting on words of memory that the ranks of a node share: gates, mailboxes made of them, and a queue for turns.
 
-Each has two forms. Where gates.c was built on every rank of the node, a rank sleeps in the kernel until another wakes it.
-Elsewhere it polls, and cannot queue. Which form a memory serves is said by :attr:`Memory.sleeps`.
+Each has two forms. Where gates.c was built on every rank of the node, a rank sleeps in the kernel until another wakes
+it. Elsewhere it polls, and cannot queue. Which form a memory serves is said by :attr:`Memory.sleeps`.
 """
 
 import ctypes
@@ -251,8 +251,8 @@ class PollingMailboxes:
 class TurnQueue:
     """Turns in the order of asking, so many at once, each with a slot that nobody else has meanwhile.
 
-    Only for memory whose ranks can sleep. The constructor touches the words that the first rank writes for all: a barrier
-    must follow before the first turn.
+    Only for memory whose ranks can sleep. The constructor touches the words that the first rank writes for all: a
+    barrier must follow before the first turn.
 
     Args:
         memory: Holds :meth:`nbytes` bytes of it at its start, zeroed.

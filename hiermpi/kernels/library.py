@@ -1,7 +1,7 @@
 """The compiled libraries of this package: what their functions take, and which instruction sets they were built with.
 
-Each library is optional: where there was no compiler, the numpy specification does the same. The tables below mirror the
-C sources; a test reads both and compares them.
+Each library is optional: where there was no compiler, the numpy specification does the same. The tables below mirror
+the C sources; a test reads both and compares them.
 """
 
 import ctypes
@@ -120,7 +120,7 @@ def declare(function: Any, signature: str) -> Any:
 
 @cache
 def built_levels() -> tuple[Level, ...]:
-    """Return the instruction sets that the library has, from the least to the most preferred; none where it is missing."""
+    """Return the instruction sets in the library, from the least to the most preferred; none where it is missing."""
     library = load_library("_layers")
     found: list[Level] = []
     while library is not None and (name := library.level_name(len(found))):

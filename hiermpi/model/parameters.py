@@ -207,10 +207,20 @@ def require_tensors(specs: Sequence[TensorSpec], tensors: Mapping[str, NDArray],
 
 
 class Lattice:
-    """The neighbours in a class-major table.
+    """The neighbours of each token among the symmetry classes, and what pulls their embeddings together.
+
+    The token at position q of class r (in the order of the ids of its class) has as neighbours the tokens at position q
+    of every other class, its shell, and its partner, the token at position q XOR 1 of its own class, where they exist.
+    That makes at most 12 for the symmetry order 12, the kissing number of spheres in three dimensions. The relation is
+    symmetric. The coupling adds
+
+        loss(E) = coupling / 4 * sum over t of sum over neighbours n of t of |E_t - E_n|^2
+
+    whose gradient in row t is coupling * ((k + 1) E_t - (sum over the shell, t included) - E_partner), k being the
+    number of neighbours. The table is class-major, so classes are slices of rows.
 
     Args:
-        class_bounds: (S + 1,) rows at which the classes begin, and V.
+        class_bounds: (S + 1,) The rows at which the classes begin, and V.
     """
 
     def __init__(self, class_bounds: NDArray[np.int64]) -> None:

@@ -67,9 +67,9 @@ class Hyper(NamedTuple):
 class Rule(Protocol):
     """A way to update parameters.
 
-    Two methods are optional. ``needs_whole(spec) -> bool`` names the tensors (:class:`hiermpi.TensorSpec`) that one owner
-    must hold whole; such a tensor is a piece of its own, with ``hyper.shape``. ``rule_of(spec) -> Rule`` leaves a tensor to
-    another rule; the state named here then has the names of both.
+    Two methods are optional. ``needs_whole(spec) -> bool`` names the tensors (:class:`hiermpi.TensorSpec`) that one
+    owner must hold whole; such a tensor is a piece of its own, with ``hyper.shape``. ``rule_of(spec) -> Rule`` leaves
+    a tensor to another rule; the state named here then has the names of both.
     """
 
     state: tuple[str, ...]

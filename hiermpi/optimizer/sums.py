@@ -1,9 +1,9 @@
 """What is summed over the ranks: gradients as they are, or in fixed point, whose sums do not depend on the order.
 
-In 64-bit fixed point a value x is kept as the integer nearest to x / UNIT (ties to even), and integers add up to the same bits in any order,
-on any number of ranks, under any MPI algorithm. Each addend is off by at most UNIT / 2 = 2^-41, so a sum of n addends
-by n 2^-41: for values above about 1e-5 that is less than the rounding of float32 sums. Addends are refused from a bound
-on which keeps the sum of all of them inside 63 bits, so nothing ever wraps.
+In 64-bit fixed point a value x is kept as the integer nearest to x / UNIT (ties to even), and integers add up to the
+same bits in any order, on any number of ranks, under any MPI algorithm. Each addend is off by at most UNIT / 2 =
+2^-41, so a sum of n addends by n 2^-41: for values above about 1e-5 that is less than the rounding of float32 sums.
+Addends are refused from a bound on which keeps the sum of all of them inside 63 bits, so nothing ever wraps.
 
 The alternatives: pre-rounded sums (Demmel and Nguyen, Parallel reproducible summation, 2015; ReproBLAS) keep the
 exponent range of floats but need two passes or several accumulators; a fixed binary tree over the addends (as KaMPIng's

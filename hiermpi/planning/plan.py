@@ -1,8 +1,8 @@
 """Roles, loads, memory and bytes per step as plain data, before a job is submitted.
 
 Memory of ranks and nodes is proportional set size (what Linux's smaps_rollup says as Pss) between two checkpoints. The
-figures of a process were measured on Debian 12 with CPython 3.11, numpy 2.4 and Open MPI 5.0; vectors are counted from the
-shapes.
+figures of a process were measured on Debian 12 with CPython 3.11, numpy 2.4 and Open MPI 5.0; vectors are counted from
+the shapes.
 """
 
 import dataclasses

@@ -149,11 +149,12 @@ def evaluate(
         data: The dataset.
         split: ``train`` or ``val``.
         family: The model's family, where it comes from outside the package: a text or an object.
-        comm: The ranks that compute together; all of them call this function. None computes in this process, without MPI.
+        comm: The ranks that compute together; all of them call this function. None computes in this process, without
+            MPI.
 
     Returns:
-        The keys ``split``, ``loss`` (nats per token), ``perplexity``, ``bits_per_byte`` and ``tokens``; with ``comm`` on
-        rank 0, and an empty table elsewhere.
+        The keys ``split``, ``loss`` (nats per token), ``perplexity``, ``bits_per_byte`` and ``tokens``; with ``comm``
+        on rank 0, and an empty table elsewhere.
 
     Raises:
         UserError: Checkpoint and data do not fit, or cannot be read.

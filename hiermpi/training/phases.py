@@ -3,8 +3,8 @@
     HIERMPI_FAULT="raise:rank=4:step=7:phase=reduce"
 
 Several faults are separated by commas. Their kinds are ``raise`` (an exception), ``kill`` (SIGKILL), ``exit`` (code 3),
-``freeze`` (SIGSTOP), ``hang`` (sleep for ever), ``slow`` (sleep ``seconds``), ``signal`` (SIGUSR1 to oneself) and ``nan``
-(plant a NaN in the gradients of tensor number ``tensor``; phase ``compute`` only). ``step`` counts from 1.
+``freeze`` (SIGSTOP), ``hang`` (sleep for ever), ``slow`` (sleep ``seconds``), ``signal`` (SIGUSR1 to oneself) and
+``nan`` (plant a NaN in the gradients of tensor number ``tensor``; phase ``compute`` only). ``step`` counts from 1.
 """
 
 import os

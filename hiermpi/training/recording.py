@@ -90,7 +90,7 @@ class CsvSink:
                 with open(self._path, encoding="utf-8", newline="") as before:
                     rows = list(csv.DictReader(before))
                 kept = [row for row in rows if row.get("step", "").isdigit() and int(row["step"]) <= run.first_step]
-            self._file: TextIO = open(self._path, "w", encoding="utf-8", newline="")
+            self._file: TextIO = open(self._path, "w", encoding="utf-8", newline="")  # noqa: SIM115  (until close)
             self._writer = csv.DictWriter(self._file, self.COLUMNS, extrasaction="ignore")
             self._writer.writeheader()
             self._writer.writerows(kept)
@@ -160,7 +160,7 @@ def clock_text(seconds: float) -> str:
 
 
 def make_sinks(config: Config, bar: ProgressBar) -> list[Sink]:
-    """Make the sinks of a run: the two that every run has, and those of ``run.sinks``. Raises UsageError, PluginError."""
+    """Make the sinks that every run has, and those of ``run.sinks``. Raises UsageError, PluginError."""
     sinks: list[Sink] = [MetricsSink(), LogSink(bar)]
     for text in listed(config.run.sinks):
         made = SINKS.load(text)

@@ -215,7 +215,9 @@ class Session:
         recorder, saver = self._recording()
         if saver:
             self.trainer.save_due = saver.due
-        self._listening = from_root(self.comms.world, lambda: bool(recorder and recorder.wants_ranks), self.comms.waiter)
+        self._listening = broadcast_object(
+            self.comms.world, bool(recorder and recorder.wants_ranks), self.comms.waiter
+        )
         self.started = time.perf_counter()
         with recorder or nullcontext():
             stopped, evaluation = self._loop(recorder, saver)

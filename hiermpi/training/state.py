@@ -87,7 +87,7 @@ def spread_state(rank: "Rank", state: RunState | None, seed: int) -> None:
 
 
 def gather_state(rank: "Rank") -> RunState | None:
-    """Bring the state together at the root; None elsewhere. Collective over the root and the owners; others may call it."""
+    """Bring the state together at the root; None elsewhere. Collective over root and owners; others may call it."""
     parameters, optimizer = rank.model.parameters, rank.optimizer
     whole = gather_owned(rank.comms, rank.ownership, optimizer.state if optimizer else None)
     if whole is None:

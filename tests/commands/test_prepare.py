@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from hiermpi.cli import parse
-from hiermpi.commands import prepare
+from hiermpi.commands.files import run_prepare
 from hiermpi.data.tokenizers import tokenizer_from_json
 from hiermpi.errors import UsageError, UserError
 from hiermpi.preparation import preparing
@@ -14,7 +14,7 @@ from hiermpi.storage.dataset import open_dataset
 
 def make(folder, *words):
     out = folder / "data.h5"
-    assert prepare.run(parse(["prepare", *map(str, words), "--out", str(out)])) == 0
+    assert run_prepare(parse(["prepare", *map(str, words), "--out", str(out)])) == 0
     return open_dataset(out)
 
 

@@ -5,8 +5,14 @@ import json
 import numpy as np
 import pytest
 
-from hiermpi.data.bpe import byte_alphabet, pieces_of, train_bpe
-from hiermpi.data.tokenizers import BytesTokenizer, CharsTokenizer, tokenizer_from_json
+from hiermpi.data.tokenizers import (
+    BytesTokenizer,
+    CharsTokenizer,
+    byte_alphabet,
+    pieces_of,
+    tokenizer_from_json,
+    train_bpe,
+)
 from hiermpi.errors import DamagedFile, UserError
 
 TEXT = "Grüße, 世界! \U0001f600 done\n"

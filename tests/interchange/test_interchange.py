@@ -8,15 +8,12 @@ import tokenizers
 from safetensors.numpy import load_file, save_file
 
 from hiermpi.cli import main, parse
-from hiermpi.commands import export as export_command
-from hiermpi.commands import import_ as import_command
+from hiermpi.commands.files import run_export, run_import
 from hiermpi.config.schema import ModelConfig
-from hiermpi.data.bpe import train_bpe
-from hiermpi.data.tokenizers import BytesTokenizer, CharsTokenizer, tokenizer_from_json
+from hiermpi.data.tokenizers import BytesTokenizer, CharsTokenizer, tokenizer_from_json, train_bpe
 from hiermpi.errors import UsageError, UserError
-from hiermpi.interchange.exchanged import Exchanged
+from hiermpi.interchange.exchange import imported
 from hiermpi.interchange.huggingface import tokenizer_from_parts, tokenizer_to_json
-from hiermpi.interchange.importing import as_checkpoint
 from hiermpi.model.generation import token_logits
 from hiermpi.model.gpt2 import make_gpt2
 from hiermpi.storage.checkpoint import load_checkpoint, parameters_digest, save_checkpoint
@@ -33,12 +30,12 @@ def make(tokenizer, tied=True):
     rng = np.random.default_rng(0)
     model = make_gpt2(config)
     tensors = {s.name: rng.standard_normal(s.shape).astype(np.float32) / 3 for s in model.parameters.specs}
-    return as_checkpoint(Exchanged(config, tensors, tokenizer))
+    return imported(config, tensors, tokenizer)
 
 
 def run(command, *words):
-    names = {export_command: "export", import_command: "import"}
-    assert command.run(parse([names[command], *map(str, words)])) == 0
+    names = {run_export: "export", run_import: "import"}
+    assert command(parse([names[command], *map(str, words)])) == 0
 
 
 @pytest.fixture
@@ -56,8 +53,8 @@ def checkpoint(tmp_path):
 )
 def test_there_and_back(tmp_path, tokenizer, tied, kind, out):
     save_checkpoint(tmp_path / "a.h5", make(tokenizer, tied))
-    run(export_command, tmp_path / "a.h5", "--out", tmp_path / out, "--format", kind)
-    run(import_command, tmp_path / out, "--out", tmp_path / "b.h5")
+    run(run_export, tmp_path / "a.h5", "--out", tmp_path / out, "--format", kind)
+    run(run_import, tmp_path / out, "--out", tmp_path / "b.h5")
     before, after = load_checkpoint(tmp_path / "a.h5"), load_checkpoint(tmp_path / "b.h5")
     assert parameters_digest(after) == parameters_digest(before)
     assert after.tokenizer == before.tokenizer
@@ -76,7 +73,7 @@ def test_the_library_reads_our_tokenizer_json(tokenizer):
 
 
 def test_the_names_that_transformers_expects(tmp_path, checkpoint):
-    run(export_command, checkpoint, "--out", tmp_path / "hf")
+    run(run_export, checkpoint, "--out", tmp_path / "hf")
     tensors = load_file(tmp_path / "hf" / "model.safetensors")
     assert tensors["transformer.h.1.attn.c_attn.weight"].shape == (8, 24)
     assert {"transformer.wte.weight", "transformer.wpe.weight", "transformer.ln_f.bias"} <= tensors.keys()
@@ -86,7 +83,7 @@ def test_the_names_that_transformers_expects(tmp_path, checkpoint):
 
 def test_old_files_of_transformers_are_understood(tmp_path, checkpoint):
     """Without the prefix, with mask buffers and a tied output, in two shards of float16, with vocab.json."""
-    run(export_command, checkpoint, "--out", tmp_path / "hf")
+    run(run_export, checkpoint, "--out", tmp_path / "hf")
     folder = tmp_path / "hf"
     tensors = {n.removeprefix("transformer."): t for n, t in load_file(folder / "model.safetensors").items()}
     tensors["lm_head.weight"] = tensors["wte.weight"]
@@ -101,7 +98,7 @@ def test_old_files_of_transformers_are_understood(tmp_path, checkpoint):
     (folder / "tokenizer.json").unlink()
     (folder / "vocab.json").write_text(json.dumps(described["model"]["vocab"]))
     (folder / "merges.txt").write_text("#version: 0.2\n")
-    run(import_command, folder, "--out", tmp_path / "b.h5")
+    run(run_import, folder, "--out", tmp_path / "b.h5")
     again = load_checkpoint(tmp_path / "b.h5")
     assert tokenizer_from_json(again.tokenizer).kind == "bytes"
     for name, tensor in load_checkpoint(checkpoint).parameters.items():
@@ -111,9 +108,9 @@ def test_old_files_of_transformers_are_understood(tmp_path, checkpoint):
 def test_a_model_without_tokenizer_is_evaluated_by_ids(tmp_path, checkpoint, capsys):
     (tmp_path / "t.txt").write_text(TEXT * 50)
     assert main(["prepare", str(tmp_path / "t.txt"), "--out", str(tmp_path / "d.h5")]) == 0
-    run(export_command, checkpoint, "--out", tmp_path / "hf")
+    run(run_export, checkpoint, "--out", tmp_path / "hf")
     (tmp_path / "hf" / "tokenizer.json").unlink()
-    run(import_command, tmp_path / "hf", "--out", tmp_path / "b.h5")
+    run(run_import, tmp_path / "hf", "--out", tmp_path / "b.h5")
     losses = []
     for path in (checkpoint, tmp_path / "b.h5"):
         capsys.readouterr()
@@ -138,47 +135,47 @@ def test_a_model_without_tokenizer_is_evaluated_by_ids(tmp_path, checkpoint, cap
     ],
 )
 def test_other_models_are_refused_by_the_field(tmp_path, checkpoint, change, words):
-    run(export_command, checkpoint, "--out", tmp_path / "hf")
+    run(run_export, checkpoint, "--out", tmp_path / "hf")
     path = tmp_path / "hf" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(UserError) as caught:
-        run(import_command, tmp_path / "hf", "--out", tmp_path / "b.h5")
+        run(run_import, tmp_path / "hf", "--out", tmp_path / "b.h5")
     assert words in str(caught.value)
     assert not (tmp_path / "b.h5").exists()
 
 
 def test_damaged_files_are_refused(tmp_path, checkpoint):
     for kind in ("safetensors", "npz", "hf"):
-        run(export_command, checkpoint, "--out", tmp_path / kind, "--format", kind)
+        run(run_export, checkpoint, "--out", tmp_path / kind, "--format", kind)
         model = next((tmp_path / kind).glob("model.*"))
         good = model.read_bytes()
         for bad in (b"", good[:50], good[: len(good) // 2], b"\xff" * 100):
             model.write_bytes(bad)
             with pytest.raises(UserError, match="model"):
-                run(import_command, tmp_path / kind, "--out", tmp_path / "b.h5")
+                run(run_import, tmp_path / kind, "--out", tmp_path / "b.h5")
         model.unlink()
         with pytest.raises(UserError):
-            run(import_command, tmp_path / kind, "--out", tmp_path / "b.h5")
+            run(run_import, tmp_path / kind, "--out", tmp_path / "b.h5")
     (tmp_path / "hf" / "pytorch_model.bin").write_bytes(b"")
     with pytest.raises(UserError, match="pickled"):
-        run(import_command, tmp_path / "hf", "--out", tmp_path / "b.h5")
+        run(run_import, tmp_path / "hf", "--out", tmp_path / "b.h5")
     (tmp_path / "hf" / "config.json").write_text("[" * 99999)
     with pytest.raises(UserError, match="is not JSON"):
-        run(import_command, tmp_path / "hf", "--out", tmp_path / "b.h5")
+        run(run_import, tmp_path / "hf", "--out", tmp_path / "b.h5")
     with pytest.raises(UserError, match="does not exist"):
-        run(import_command, tmp_path / "none", "--out", tmp_path / "b.h5")
+        run(run_import, tmp_path / "none", "--out", tmp_path / "b.h5")
 
 
 def test_exports_replace_only_exports(tmp_path, checkpoint):
-    run(export_command, checkpoint, "--out", tmp_path / "hf")
+    run(run_export, checkpoint, "--out", tmp_path / "hf")
     with pytest.raises(UsageError, match="--force"):
-        run(export_command, checkpoint, "--out", tmp_path / "hf")
-    run(export_command, checkpoint, "--out", tmp_path / "hf", "--force", "--format", "npz")
+        run(run_export, checkpoint, "--out", tmp_path / "hf")
+    run(run_export, checkpoint, "--out", tmp_path / "hf", "--force", "--format", "npz")
     assert [path.name for path in (tmp_path / "hf").iterdir()] == ["model.npz"]
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").touch()
     with pytest.raises(UsageError, match="other things"):
-        run(export_command, checkpoint, "--out", tmp_path / "mine", "--force")
+        run(run_export, checkpoint, "--out", tmp_path / "mine", "--force")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "mine", "model.h5"]
 
 
@@ -187,7 +184,7 @@ def test_transformers_computes_the_same(tmp_path):
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     save_checkpoint(tmp_path / "a.h5", make(TOKENIZERS[2]))
-    run(export_command, tmp_path / "a.h5", "--out", tmp_path / "hf")
+    run(run_export, tmp_path / "a.h5", "--out", tmp_path / "hf")
     inputs = np.arange(12)[None]
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
     ours = load_model(load_checkpoint(tmp_path / "a.h5"))
@@ -198,7 +195,7 @@ def test_transformers_computes_the_same(tmp_path):
         transformers.GPT2Config(vocab_size=99, n_positions=16, n_embd=12, n_layer=2, n_head=3)
     ).eval()
     random.save_pretrained(tmp_path / "random")
-    run(import_command, tmp_path / "random", "--out", tmp_path / "b.h5")
+    run(run_import, tmp_path / "random", "--out", tmp_path / "b.h5")
     ours = load_model(load_checkpoint(tmp_path / "b.h5"))
     with torch.no_grad():
         wanted = random(torch.tensor(inputs)).logits.numpy()

@@ -3,22 +3,22 @@
 import pytest
 
 from hiermpi.cli import parse
-from hiermpi.commands import prepare
+from hiermpi.commands.files import prepare_together, run_prepare
 from hiermpi.errors import UserError
-from hiermpi.preparation import spool
+from hiermpi.preparation import preparing
 
 
 @pytest.mark.mpi
 @pytest.mark.parametrize("options", [("--tokenizer", "bpe", "--vocab-size", "300"), ("--tokenizer", "chars"), ()])
 def test_the_same_dataset_as_alone(world, shared_folder, monkeypatch, options):
-    monkeypatch.setattr(spool, "BYTES_AT_ONCE", 1000)
+    monkeypatch.setattr(preparing, "BYTES_AT_ONCE", 1000)
     text = shared_folder / "text.txt"
     if world.rank == 0:
         text.write_text("".join(f"line {i} of {i * i} lines, ä\n" for i in range(3000)))
     words = ["prepare", str(text), "--out"]
-    prepare.run_together(parse([*words, str(shared_folder / "many.h5"), *options]), world)
+    prepare_together(parse([*words, str(shared_folder / "many.h5"), *options]), world)
     if world.rank == 0:
-        prepare.run(parse([*words, str(shared_folder / "one.h5"), *options]))
+        run_prepare(parse([*words, str(shared_folder / "one.h5"), *options]))
         assert (shared_folder / "many.h5").read_bytes() == (shared_folder / "one.h5").read_bytes()
 
 
@@ -31,4 +31,4 @@ def test_an_error_is_raised_on_all(world, shared_folder):
             file.write(b"\xff" * 10)
     words = parse(["prepare", str(text), "--out", str(shared_folder / "d.h5"), "--tokenizer", "chars"])
     with pytest.raises(UserError, match="is not UTF-8"):
-        prepare.run_together(words, world)
+        prepare_together(words, world)

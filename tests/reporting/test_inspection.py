@@ -10,8 +10,7 @@ from hiermpi.cli import main
 from hiermpi.config.schema import ModelConfig
 from hiermpi.data.tokenizers import BytesTokenizer
 from hiermpi.errors import UserError
-from hiermpi.interchange.exchanged import Exchanged
-from hiermpi.interchange.importing import as_checkpoint
+from hiermpi.interchange.exchange import imported
 from hiermpi.model.gpt2 import gpt2_specs
 from hiermpi.reporting.reading import bar, describe, inspect
 from hiermpi.storage.checkpoint import load_checkpoint, parameters_digest, save_checkpoint
@@ -54,7 +53,7 @@ def test_checkpoint_and_run(tmp_path, capsys):
 def test_the_digest_is_of_the_parameters_alone(tmp_path):
     config = ModelConfig(vocab_size=7, context_length=4, n_layer=1, n_head=1, n_embd=4)
     tensors = {s.name: np.ones(s.shape, np.float32) for s in gpt2_specs(config)}
-    one = as_checkpoint(Exchanged(config, tensors, BytesTokenizer()))
+    one = imported(config, tensors, BytesTokenizer())
     save_checkpoint(tmp_path / "c.h5", dataclasses.replace(one, step=9, loss=1.0))
     other = load_checkpoint(tmp_path / "c.h5")
     assert parameters_digest(one) == parameters_digest(other)
