@@ -202,7 +202,11 @@ class Session:
         )
         self._keep_reduction(layout)
         self._saved_step = rank.progress.step or -1
-        self.trainer = Trainer(rank, rank.batch_source(opened.dataset) if opened else None)
+        source = None
+        with agreed(comms.world, comms.waiter):
+            if opened:
+                source = rank.batch_source(opened.dataset)
+        self.trainer = Trainer(rank, source)
         windows = None
         if opened:
             limit = config.train.eval_batches * config.train.batch_size
