@@ -297,6 +297,28 @@ def initialize(family: Family, config: ModelConfig, model: Any, seed: int) -> No
         raise PluginError(f"{what}: initialize gives {bad[0]} a value that is not finite")
 
 
+def figure_of(family: Family, name: str, config: ModelConfig, *others: Any) -> float:
+    """Return a figure that a family gives of itself, such as ``flops_per_token``; 0 where it does not.
+
+    Args:
+        family: The family.
+        name: The method that gives it.
+        config: The model's settings.
+        others: What the method is called with besides.
+
+    Raises:
+        PluginError: The method raised an exception, or returned something else.
+    """
+    counted, what = getattr(family, name, None), outside_family(family, config)
+    if counted is None:
+        return 0
+    with plugin_errors(f"{what}: {name}" if what else ""):
+        figure = counted(config, *others)
+        if not 0 <= figure < float("inf"):
+            raise PluginError(f"{what}: {name} returned {figure}: expected a number, 0 or more")
+    return figure
+
+
 def loss_of(model: Any, batch: Batch, what: str) -> tuple[float, int]:
     """Return the loss of a batch, and the number of its targets.
 

@@ -22,6 +22,7 @@ from hiermpi.communication.reduction import Reduction, Vectors, hand_down
 from hiermpi.communication.scatter import Scatter, make_scatter
 from hiermpi.config.registry import RULES
 from hiermpi.config.schema import Config
+from hiermpi.config.watching import unread, watched
 from hiermpi.data.sequences import Sampler
 from hiermpi.errors import UserError
 from hiermpi.hierarchy.ownership import Ownership
@@ -96,6 +97,15 @@ class Rank:
     stopping: StopRequests
     progress: Progress
     training: bool
+    seen: set[str]
+    """The settings that a family from outside has read."""
+
+    def unread(self) -> list[str]:
+        """Return the settings that the user changed and that neither hiermpi nor code from outside reads."""
+        found = unread("model", self.config.model, self.seen) if self.outside_model else []
+        if self.optimizer is not None and self.optimizer.name and self.optimizer.seen:
+            found += unread("optimizer", self.config.optimizer, self.optimizer.seen)
+        return found
 
     def batch_source(self, data: Corpus) -> BatchSource:
         """Make the source of the batches from ``data``; at the root."""
@@ -148,7 +158,9 @@ def assemble(
         family = load_family(choices.family or config.model.family)
         rule = load_rule(choices.rule or config.optimizer.rule)
         schedule = load_schedule(config.optimizer.schedule)
-        specs = specs_of(family, config.model)
+        seen: set[str] = set()
+        shape = watched(config.model, seen) if outside_family(family, config.model) else config.model
+        specs = specs_of(family, shape)
         require_fit(rule, choices.rule or config.optimizer.rule, specs)
         if training:
             require_rates(config, schedule)
@@ -162,7 +174,7 @@ def assemble(
     sequences = micro_batch_sequences(config.model, config.train.micro_batch_size)
     with agreed(comms.world, comms.waiter):
         parameters = ParameterBuffer(specs, storage=reduction.parameter_slots(), symmetry=table)
-        model = make_model(family, config.model, parameters, sequences)
+        model = make_model(family, shape, parameters, sequences)
     slots = make_compute_slots(comms, model, config.run.threads_per_rank, outside_family(family, config.model))
     settings = OptimizerSettings(config.optimizer, config.train.grad_clip, config.train.steps, schedule)
     number = ownership.number(comms.rank)
@@ -202,6 +214,7 @@ def assemble(
         stopping or NeverStop(),
         progress,
         training,
+        seen,
     )
     spread_state(rank, state, config.train.seed)
     return rank
