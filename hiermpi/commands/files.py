@@ -321,14 +321,12 @@ def run_import(arguments: argparse.Namespace) -> int:
     from hiermpi.data.tokenizers import tokenizer_from_json
     from hiermpi.files import require_new
     from hiermpi.interchange.exchange import read_model
-    from hiermpi.model.contract import load_family
     from hiermpi.storage.checkpoint import save_checkpoint
 
     if arguments.format is not None:
         FORMATS.check(arguments.format)
     require_new(arguments.out, arguments.force)
-    given = given_family(arguments)
-    checkpoint = read_model(arguments.source, arguments.format, load_family(given) if given else None)
+    checkpoint = read_model(arguments.source, arguments.format, given_family(arguments))
     save_checkpoint(arguments.out, checkpoint)
     tokenizer = tokenizer_from_json(checkpoint.tokenizer)
     print(f"{'checkpoint':14}{arguments.out}")

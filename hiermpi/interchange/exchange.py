@@ -4,6 +4,7 @@ A format is one object with the methods of :class:`Format` and one line in the r
 out is a checkpoint: a model's settings, its tensors by our names in token order, and its tokenizer.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -116,43 +117,42 @@ def is_export(folder: Path, names: Sequence[str] = ()) -> bool:
     return all(path.name in allowed or path.stem == "model" for path in folder.iterdir())
 
 
-def read_model(source: Path, kind: Any = None, family: Family | None = None) -> Checkpoint:
+def read_model(source: Path, kind: Any = None, family: Any = None) -> Checkpoint:
     """Read the model in a folder or file, as a checkpoint at step 0.
 
     Args:
         source: The folder or file.
         kind: The format, as in :func:`export`; by default the registered one that accepts the source.
-        family: The family of the model; by default the registered one that the source names.
+        family: The family of the model, a text or an object, where it comes from outside the package.
 
     Raises:
-        UserError: There is no such model.
+        UserError: There is no such model, or its family comes from outside the package and was not given.
     """
     if not source.exists():
         raise UserError(f"{source} does not exist: name a folder or a file with a model")
-    if kind is not None:
-        return read_as(source, kind, family)
-    for kind in FORMATS:
-        form: Format = FORMATS[kind]
-        if form.accepts(source):
-            return form.read(source)
-    known = {name for kind in FORMATS for name in FORMATS[kind].file_names}
-    names = sorted(name for name in known if name.startswith(("config", "model")))
-    raise UserError(f"{source} holds no {', '.join(names[:-1])} or {names[-1]}: name a folder with a model")
-
-
-def read_as(source: Path, kind: Any, family: Family | None) -> Checkpoint:
-    """Read a model in a format that the user named. Raises UserError."""
+    if kind is None:
+        kind = format_of(source)
     form, what = load_format(kind), FORMATS.described(kind)
     if not callable(getattr(form, "read", None)):
         raise UserError(f"{what} cannot be imported: it has no method read")
     outside = what if FORMATS.outside(kind) else ""
     with plugin_errors(outside):
         checkpoint = form.read(source)
-    if outside:
-        if not isinstance(checkpoint, Checkpoint):
-            raise PluginError(f"{what}: read() returned {type(checkpoint).__name__}, not a Checkpoint")
-        fitted(model_config(checkpoint), dict(checkpoint.parameters), f"{what}: {source}", family)
-    return checkpoint
+    if not isinstance(checkpoint, Checkpoint):
+        raise PluginError(f"{what}: read() returned {type(checkpoint).__name__}, not a Checkpoint")
+    shape = model_config(checkpoint)
+    found = family_of(shape, family, source)
+    name = f"{outside}: {source}" if outside else str(source)
+    return dataclasses.replace(checkpoint, parameters=fitted(shape, dict(checkpoint.parameters), name, found))
+
+
+def format_of(source: Path) -> str:
+    """Return the name of the registered format of the model in a folder or file. Raises UserError."""
+    for name in FORMATS:
+        if FORMATS[name].accepts(source):
+            return name
+    files = sorted({file for name in FORMATS for file in FORMATS[name].file_names if file.startswith(("config", "model"))})
+    raise UserError(f"{source} holds no {', '.join(files[:-1])} or {files[-1]}: name a folder with a model")
 
 
 def imported(shape: ModelConfig, tensors: dict[str, NDArray[np.float32]], tokenizer: Tokenizer) -> Checkpoint:

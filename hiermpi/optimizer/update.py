@@ -18,8 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from hiermpi.config.schema import Config, OptimizerConfig
-from hiermpi.config.watching import WatchedTable
+from hiermpi.config.schema import Config, OptimizerConfig, WatchedTable
 from hiermpi.errors import PluginError, plugin_errors
 from hiermpi.hierarchy.ownership import FREE, Ownership, assign
 from hiermpi.hierarchy.topology import Topology

@@ -21,8 +21,7 @@ from hiermpi.communication.node import ComputeSlots, make_compute_slots
 from hiermpi.communication.reduction import Reduction, Vectors, hand_down
 from hiermpi.communication.scatter import Scatter, make_scatter
 from hiermpi.config.registry import RULES
-from hiermpi.config.schema import Config
-from hiermpi.config.watching import unread, watched
+from hiermpi.config.schema import Config, unread, watched
 from hiermpi.data.sequences import Sampler
 from hiermpi.errors import UserError
 from hiermpi.hierarchy.ownership import Ownership
