@@ -1,6 +1,6 @@
 """A reader of one's own: files of comma-separated values, whose column ``text`` holds one document in each row.
 
-    hiermpi prepare reviews.csv --out data.h5 --reader examples.own_reader:READER
+hiermpi prepare reviews.csv --out data.h5 --reader examples.own_reader:READER
 """
 
 import csv

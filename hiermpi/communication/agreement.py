@@ -48,8 +48,8 @@ def agreed(comm: MPI.Comm, waiter: Waiter, patient: bool = True) -> Iterator[Non
     Args:
         comm: The ranks. While the rank is patient, the body must not call anything that is collective.
         waiter: Does the waiting.
-        patient: Whether a rank with an error waits for the others as long as it takes. Otherwise it soon raises its error
-            alone: they may wait for it elsewhere, in something collective over another communicator.
+        patient: Whether a rank with an error waits for the others as long as it takes. Otherwise it soon raises its
+            error alone: they may wait for it elsewhere, in something collective over another communicator.
     """
     error = None
     try:

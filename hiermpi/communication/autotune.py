@@ -142,8 +142,8 @@ def make_outside(arguments: Arguments, name: str, maker: MakesReduction) -> Redu
     """Make a reduction from outside and have it do a step. Collective over the hierarchy.
 
     Raises:
-        PluginError: On every rank, where it cannot be made or does not work; on the rank that fails alone, where the others
-            do not come to know of it, as they wait for that rank inside of the reduction.
+        PluginError: On every rank, where it cannot be made or does not work; on the rank that fails alone, where the
+            others do not come to know of it, as they wait for that rank inside of the reduction.
     """
     comms, made = arguments.comms, None
     # Agreement has a communicator of its own: some ranks may be inside of a collective operation of the reduction's.
@@ -275,10 +275,9 @@ def try_out(arguments: Arguments, name: str, made: Reduction, world: MPI.Comm) -
         PluginError: As :func:`make_outside` says.
     """
     comms = arguments.comms
-    with agreed(world, comms.waiter, patient=False):
-        with plugin_errors(f"{described(name)} fails in its first step"):
-            gradients, slots, states = made.gradient_vector(), made.parameter_slots(), made.state_slots()
-            require_memory(arguments, name, gradients, slots, states)
+    with agreed(world, comms.waiter, patient=False), plugin_errors(f"{described(name)} fails in its first step"):
+        gradients, slots, states = made.gradient_vector(), made.parameter_slots(), made.state_slots()
+        require_memory(arguments, name, gradients, slots, states)
     with agreed(world, comms.waiter, patient=False):
         with plugin_errors(f"{described(name)} fails in its first step"):
             complaint = first_step(arguments, name, made, gradients, slots[0])

@@ -231,8 +231,8 @@ READ_BY_HIERMPI = {
         {"rule", "schedule", "learning_rate", "min_learning_rate", "warmup_steps", "decay_steps", "placement"}
     ),
 }
-"""Settings that have an effect whatever a family or rule from outside the package reads. What it does not read of the others
-has none, and the log says so."""
+"""Settings that have an effect whatever a family or rule from outside the package reads. What it does not read of the
+others has none, and the log says so."""
 
 
 class WatchedTable(dict[str, Any]):
@@ -276,7 +276,7 @@ class WatchedTable(dict[str, Any]):
         return super().values()
 
     def _see_all(self) -> None:
-        self.seen.update(f"options.{name}" for name in super().keys())
+        self.seen.update(f"options.{name}" for name in dict.keys(self))
 
 
 class WatchedModelConfig(ModelConfig):

@@ -64,7 +64,7 @@ def load_format(choice: Any) -> Format:
             raise PluginError(f"{what}: it has no method write")
         suffix, names = getattr(form, "suffix", None), getattr(form, "file_names", None)
         if not isinstance(suffix, str) or (suffix and not suffix.startswith(".")):
-            raise PluginError(f"{what}: its `suffix` must be the ending of a file, such as '.bin', or '', not {suffix!r}")
+            raise PluginError(f"{what}: its `suffix` must be '' or the ending of a file, as '.bin', not {suffix!r}")
         if not isinstance(names, tuple) or not all(isinstance(name, str) for name in names):
             raise PluginError(f"{what}: its `file_names` must be a tuple of names of files, not {names!r}")
     return form
@@ -102,7 +102,7 @@ def export(checkpoint: Checkpoint, out: Path, kind: Any, force: bool, family: Fa
             form.write(temporary, checkpoint)
         written = temporary / f"model{form.suffix}" if form.suffix else next(temporary.iterdir(), temporary / "it")
         if outside and not written.exists():
-            raise PluginError(f"{outside}: write() has not made {f'the file {written.name}' if form.suffix else 'a file'}")
+            raise PluginError(f"{outside}: write() has not made {written.name if form.suffix else 'any file'}")
         if form.suffix and out.suffix == form.suffix:
             beside = temporary.with_name(temporary.name + form.suffix)
             (temporary / f"model{form.suffix}").rename(beside)
@@ -151,7 +151,8 @@ def format_of(source: Path) -> str:
     for name in FORMATS:
         if FORMATS[name].accepts(source):
             return name
-    files = sorted({file for name in FORMATS for file in FORMATS[name].file_names if file.startswith(("config", "model"))})
+    known = {file for name in FORMATS for file in FORMATS[name].file_names}
+    files = sorted(file for file in known if file.startswith(("config", "model")))
     raise UserError(f"{source} holds no {', '.join(files[:-1])} or {files[-1]}: name a folder with a model")
 
 

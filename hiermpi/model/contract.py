@@ -221,8 +221,8 @@ def family_of(shape: ModelConfig, given: Any, source: Path) -> Family:
         return load_family(given)
     if is_outside(shape.family) and given != shape.family:
         raise UsageError(
-            f"the model in {source} is of the family {shape.family}, which is not a part of hiermpi: add --model.family "
-            f"{shape.family} to have that code imported"
+            f"the model in {source} is of the family {shape.family}, which is not a part of hiermpi: add "
+            f"--model.family {shape.family} to have that code imported"
         )
     if given and given != shape.family:
         raise UsageError(f"--model.family {given}: the model in {source} is of the family {shape.family}")

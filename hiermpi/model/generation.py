@@ -61,8 +61,8 @@ class OutsideDecoder:
             logits = np.asarray(self.decoder.extend(rows))
         if logits.shape != (self.vocab_size,) or logits.dtype.kind != "f" or not np.isfinite(logits).all():
             raise PluginError(
-                f"{self.what}: its logits of a token are {logits.dtype} of shape {logits.shape}: expected finite floats of "
-                f"shape {(self.vocab_size,)}"
+                f"{self.what}: its logits of a token are {logits.dtype} of shape {logits.shape}: expected finite "
+                f"floats of shape {(self.vocab_size,)}"
             )
         return logits
 

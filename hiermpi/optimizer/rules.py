@@ -140,7 +140,8 @@ def require_fit(rule: Rule, choice: Any, specs: Sequence[TensorSpec]) -> None:
             missing = sorted(set(chosen.state) - set(rule.state))
             if missing:
                 raise PluginError(
-                    f"{name}: the rule of the tensor {spec.name} keeps {', '.join(missing)}, which `state` does not name"
+                    f"{name}: the rule of the tensor {spec.name} keeps {', '.join(missing)}, which `state` does not "
+                    "name"
                 )
             needs_whole(chosen, spec)
 
@@ -209,7 +210,7 @@ class OutsideSchedule:
                 decay_steps=decay_steps,
             )
             if not isfinite(rate) or rate < 0:
-                raise PluginError(f"{self.name}: its rate after {step} steps is {rate}: expected a finite one, 0 or more")
+                raise PluginError(f"{self.name}: its rate after {step} steps is {rate}: expected 0 or more")
         return float(rate)
 
 

@@ -321,7 +321,8 @@ class Optimizer:
                 new, before, read_only(gradients), numbers
             )
         if returned is not None:
-            raise PluginError(f"{name}: update returned {type(returned).__name__}: it must write into `new`, and return None")
+            kind = type(returned).__name__
+            raise PluginError(f"{name}: update returned {kind}: it must write into `new`, and return None")
         for what, vector in {"parameters": new.parameters, **new.state}.items():
             if not np.isfinite(vector).all():
                 raise PluginError(f"{name}: it made {what} that are not finite")

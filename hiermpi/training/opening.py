@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hiermpi.config.schema import Config, ModelConfig, flatten
+from hiermpi.config.schema import Config, flatten
 from hiermpi.data.sequences import Sampler
 from hiermpi.data.tokenizers import tokenizer_from_json
 from hiermpi.errors import UsageError

@@ -233,9 +233,10 @@ class Trainer:
         progress.skipped_in_a_row += 1
         self._report_skip(verdict)
         if progress.skipped_in_a_row >= MOST_SKIPPED_IN_A_ROW:
+            outside = f"{self.rank.outside_model}: " if self.rank.outside_model else ""
             error = UserError(
-                f"{self.rank.outside_model}{': ' if self.rank.outside_model else ''}{MOST_SKIPPED_IN_A_ROW} steps in a row up to step {progress.step} gave a loss or gradient that is "
-                "not finite: lower optimizer.learning_rate, or go back to an earlier checkpoint with --resume PATH"
+                f"{outside}{MOST_SKIPPED_IN_A_ROW} steps in a row up to step {progress.step} gave a loss or gradient "
+                "that is not finite: lower optimizer.learning_rate, or go back to an earlier checkpoint with --resume PATH"
             )
             error.everywhere = True
             raise error

@@ -1,9 +1,9 @@
 """The module of ``examples/own_torch_model.py`` under PyTorch's DistributedDataParallel over gloo, on the same batches.
 
-    python ddp.py data.h5 losses.json STEPS RANKS RANK PORT
+    python ddp.py data.h5 losses.json STEPS RANKS RANK PORT SETTINGS
 
-Prints nothing; rank 0 writes the losses of the steps and the seconds of each. Plain gradient descent with hiermpi's schedule,
-so that nothing but the gradients decides.
+Rank 0 writes the losses of the steps and the seconds of each. The optimizer is plain gradient descent at one rate, so that
+nothing but the gradients decides.
 """
 
 import json
@@ -58,8 +58,9 @@ def main(data, out, steps, ranks, rank, port, settings):
 
 def load_start(module, config):
     """Give the module the values with which hiermpi begins."""
-    table = SymmetryTable(symmetry_groups(None, config.model.vocab_size, config.model.symmetry_order), config.model.symmetry_order)
-    parameters = ParameterBuffer(specs_of(FAMILY, config.model), symmetry=table)
+    shape = config.model
+    table = SymmetryTable(symmetry_groups(None, shape.vocab_size, shape.symmetry_order), shape.symmetry_order)
+    parameters = ParameterBuffer(specs_of(FAMILY, shape), symmetry=table)
     model = make_model(FAMILY, config.model, parameters, 1)
     FAMILY.initialize(model, config.train.seed)
     tensors = parameters.tensors_in_token_order(parameters.vector)

@@ -21,7 +21,9 @@ SMALL = {
     "optimizer.warmup_steps": 2,
 }
 """Settings of a run of less than a second of work."""
-TEXT = "".join(f"def function_{i}(x, y={i}):\n    return [x + {i % 7} * y for _ in range({i % 13})]\n\n" for i in range(300))
+TEXT = "".join(
+    f"def function_{i}(x, y={i}):\n    return [x + {i % 7} * y for _ in range({i % 13})]\n\n" for i in range(300)
+)
 
 
 def make_dataset(folder):

@@ -93,7 +93,8 @@ CASES = {
     "the gradient raises": Case(MODEL, "def loss_and_gradients(self, batch, gradients): 1 / 0", "ZeroDivisionError"),
     "the gradient raises on one rank": Case(
         MODEL,
-        "def loss_and_gradients(self, batch, gradients):\n        if RANK == 1 and batch.step == 1: raise OSError('gone')\n"
+        "def loss_and_gradients(self, batch, gradients):\n"
+        "        if RANK == 1 and batch.step == 1: raise OSError('gone')\n"
         "        return super().loss_and_gradients(batch, gradients)",
         "OSError: gone",
         SEVERAL,
@@ -101,13 +102,14 @@ CASES = {
     "the gradient has a wrong shape": Case(
         MODEL, "def loss_and_gradients(self, batch, gradients): gradients += np.zeros(3, np.float32)", "ValueError"
     ),
-    "the result is nothing": Case(MODEL, "def loss_and_gradients(self, batch, gradients): pass", "(loss_sum, n_tokens)"),
+    "the result is nothing": Case(MODEL, "def loss_and_gradients(self, *arguments): pass", "(loss_sum, n_tokens)"),
     "the result counts wrongly": Case(
         MODEL, "def loss_and_gradients(self, batch, gradients): return 1.0, 1.0", "counted 1 targets"
     ),
     "the gradient is never finite": Case(
         MODEL,
-        "def loss_and_gradients(self, batch, gradients):\n        gradients[:] = np.nan\n        return super().loss(batch)",
+        "def loss_and_gradients(self, batch, gradients):\n"
+        "        gradients[:] = np.nan\n        return super().loss(batch)",
         "steps in a row",
         settings=(("train.steps", 60),),
     ),
@@ -123,14 +125,17 @@ CASES = {
     ),
     # an optimizer rule
     "rule lacks a method": Case(RULE, "update = None", "no method update"),
-    "rule raises in its constructor": Case("class MINE(Momentum):\n    {}\n", "def __init__(self): 1 / 0", "ZeroDivision"),
+    "rule raises in its constructor": Case(
+        "class MINE(Momentum):\n    {}\n", "def __init__(self): 1 / 0", "ZeroDivisionError"
+    ),
     "state names are not distinct": Case(RULE, "state = ('m', 'm')", "distinct names"),
     "state is a list": Case(RULE, "state = ['m']", "distinct names"),
     "state raises": Case(RULE, "state = property(lambda self: 1 / 0)", "ZeroDivisionError"),
     "update raises": Case(RULE, "def update(self, new, old, gradients, hyper): 1 / 0", "ZeroDivisionError"),
     "update raises on one rank": Case(
         RULE,
-        "def update(self, new, old, gradients, hyper):\n        if RANK == 2 and hyper.count == 2: raise OSError('gone')\n"
+        "def update(self, new, old, gradients, hyper):\n"
+        "        if RANK == 2 and hyper.count == 2: raise OSError('gone')\n"
         "        super().update(new, old, gradients, hyper)",
         "OSError: gone",
         SEVERAL,
@@ -139,7 +144,7 @@ CASES = {
         RULE, "def update(self, new, old, gradients, hyper): return old.parameters * 0", "write into `new`"
     ),
     "update makes NaN": Case(
-        RULE, "def update(self, new, old, gradients, hyper): new.parameters[:] = np.nan", "parameters that are not finite"
+        RULE, "def update(self, new, *others): new.parameters[:] = np.nan", "parameters that are not finite"
     ),
     "update makes a state of NaN": Case(
         RULE, "def update(self, new, old, *others): new.state['momentum'][:] = np.nan", "momentum that are not finite"
@@ -160,7 +165,9 @@ CASES = {
     "rule_of gives nothing": Case(RULE, "def rule_of(self, spec): return None", "no method update"),
     "rule_of raises": Case(RULE, "def rule_of(self, spec): 1 / 0", "ZeroDivisionError"),
     "rule_of gives a rule of another state": Case(
-        RULE, "def rule_of(self, spec):\n        from hiermpi.optimizer.rules import AdamW\n        return AdamW()", "m, v"
+        RULE,
+        "def rule_of(self, spec):\n        from hiermpi.optimizer.rules import AdamW\n        return AdamW()",
+        "m, v",
     ),
     # a schedule
     "schedule is no function": Case("MINE = {}\n", "3", "not a function"),
@@ -215,7 +222,9 @@ CASES = {
     ),
     # a routing rule: it is not asked on one rank
     "routing is no function": Case("MINE = {}\n", "3", "not a function"),
-    "routing raises in its constructor": Case("class MINE:\n    {}\n", "def __init__(self): 1 / 0", "ZeroDivisionError"),
+    "routing raises in its constructor": Case(
+        "class MINE:\n    {}\n", "def __init__(self): 1 / 0", "ZeroDivisionError"
+    ),
     "routing raises": Case(ROUTING, "1 / 0", "ZeroDivisionError", SEVERAL),
     "routing gives nothing": Case(ROUTING, "pass", "the bin of each of 26 units", SEVERAL),
     "routing gives too few": Case(ROUTING, "return np.zeros(3, np.int64)", "the bin of each of 26 units", SEVERAL),
@@ -303,8 +312,8 @@ def test_each_is_named_on_every_rank(data, tmp_path, ranks):
     told = dict(json.loads(line) for line in result.stdout.splitlines())
     wrong = {}
     for name, setting, settings in asked:
-        good = f"{setting} = {settings[setting].removeprefix('auto,')}" in told[name] and CASES[name].words in told[name]
-        if not good or "\n" in told[name]:
+        named = f"{setting} = {settings[setting].removeprefix('auto,')}" in told[name]
+        if not named or CASES[name].words not in told[name] or "\n" in told[name]:
             wrong[name] = told[name]
     assert not wrong
 

@@ -60,6 +60,7 @@ def test_a_module_of_the_users_does_not_take_the_place_of_pythons(data, tmp_path
     for name in ("random", "json", "numpy"):
         (tmp_path / f"{name}.py").write_text("raise ImportError('this file shadows another module')\n")
     (tmp_path / "mine.py").write_text(
-        "import random\n\ndef last(counts, capacity, frequency):\n    return (capacity > 0).nonzero()[0][[-1] * len(counts)]\n"
+        "import random\n\ndef last(counts, capacity, frequency):\n"
+        "    return (capacity > 0).nonzero()[0][[-1] * len(counts)]\n"
     )
     trained(data, tmp_path / "run", {"hierarchy.routing": "mine:last"}, ranks=2, cwd=tmp_path)

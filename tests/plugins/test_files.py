@@ -124,7 +124,10 @@ def test_a_broken_format_is_named(finished, tmp_path, code):
 
 DOCUMENT = "import io\nclass D:\n    name, named = 'd', True\n    def size(self): {size}\n    def open(self): {open}\n"
 READER = "class READER:\n    def accepts(self, path): {accepts}\n    def documents(self, path, named): {documents}\n"
-GOOD = {"accepts": "return True", "documents": "return [D()]", "size": "return 40", "open": "return io.BytesIO(b'ab\\n' * 40)"}
+GOOD = {
+    **{"accepts": "return True", "documents": "return [D()]", "size": "return 40"},
+    "open": "return io.BytesIO(b'ab\\n' * 40)",
+}
 BROKEN_READERS = {
     "accepts": ("return 1 / 0", "ZeroDivisionError"),
     "documents": ("return [path]", "not documents"),
