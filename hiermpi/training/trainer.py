@@ -236,7 +236,7 @@ class Trainer:
             outside = f"{self.rank.outside_model}: " if self.rank.outside_model else ""
             error = UserError(
                 f"{outside}{MOST_SKIPPED_IN_A_ROW} steps in a row up to step {progress.step} gave a loss or gradient "
-                "that is not finite: lower optimizer.learning_rate, or go back to an earlier checkpoint with --resume PATH"
+                "that is not finite: lower optimizer.learning_rate, or go back to a checkpoint with --resume PATH"
             )
             error.everywhere = True
             raise error

@@ -2,8 +2,8 @@
 
     python ddp.py data.h5 losses.json STEPS RANKS RANK PORT SETTINGS
 
-Rank 0 writes the losses of the steps and the seconds of each. The optimizer is plain gradient descent at one rate, so that
-nothing but the gradients decides.
+Rank 0 writes the losses of the steps and the seconds of each. The optimizer is plain gradient descent at one rate, so
+that nothing but the gradients decides.
 """
 
 import json
