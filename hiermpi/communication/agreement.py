@@ -132,8 +132,6 @@ def _speak_where_others_are_late(request: MPI.Request, error: Exception) -> None
         time.sleep(1e-3)
 
 
-logger = logging.getLogger("hiermpi")
-
 ErrorSink = Callable[[int, str], str | None]
 """Stores (rank, traceback) and returns where, or None where it could not."""
 
@@ -156,10 +154,13 @@ def run_collectively(body: Callable[[MPI.Comm], int]) -> None:
     try:
         code = body(world)
     except UserError as error:
-        if world.rank == 0 or not error.everywhere:
+        alone = not error.everywhere and world.size > 1
+        if alone:
+            give_way()
+        if world.rank == 0 or alone:
             logger.error("%s", error)
         code = error.exit_code
-        if not error.everywhere and world.size > 1:
+        if alone:
             flush()
             world.Abort(code)
     except BaseException as error:  # noqa: BLE001  (whatever it is, the other ranks must not wait for this one)
@@ -178,7 +179,7 @@ def leave(code: int) -> None:
 def abort(error: BaseException) -> None:
     """Report ``error`` with rank and host and end all ranks; never returns."""
     rank = MPI.COMM_WORLD.rank
-    time.sleep(min(0.02 * rank, 1.0))  # where all ranks fail alike, the first one speaks for all
+    give_way()
     try:
         where = _error_sink(rank, "".join(traceback.format_exception(error))) if _error_sink else None
     except Exception:  # noqa: BLE001  (a full disk must not hide the first error)
@@ -191,6 +192,11 @@ def abort(error: BaseException) -> None:
     flush()
     MPI.COMM_WORLD.Abort(EXIT_ERROR)
     os._exit(EXIT_ERROR)
+
+
+def give_way() -> None:
+    """Wait a little, the longer the higher the rank: where all ranks fail alike, the first one speaks for all."""
+    time.sleep(min(0.02 * MPI.COMM_WORLD.rank, 1.0))
 
 
 def flush() -> None:
