@@ -72,7 +72,8 @@ def interface() -> str:
         lines += ["```text", inspect.getdoc(found) or "", "```", ""]
         for member, method in vars(found).items() if inspect.isclass(found) else ():
             if inspect.isfunction(method) and not member.startswith("_") and inspect.getdoc(method):
-                lines += [f"`{member}{inspect.signature(method)}`", "", "```text", inspect.getdoc(method) or "", "```", ""]
+                lines += [f"`{member}{inspect.signature(method)}`", ""]
+                lines += ["```text", inspect.getdoc(method) or "", "```", ""]
     return "\n".join(lines) + "\n"
 
 
