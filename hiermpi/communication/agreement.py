@@ -30,23 +30,33 @@ NOTE_BYTES = 4096
 """Room for an error on its way to the other ranks."""
 PATIENCE_SECONDS = 5.0
 """How long a rank with an error waits for the others before it says what has happened."""
+CLAIM_TAG = 32_101
+"""The tag of the messages by which ranks that fail alone find out who tells it."""
+CLAIM_SECONDS = 0.3
+"""How long a rank looks for them."""
 
 logger = logging.getLogger("hiermpi")
 T = TypeVar("T")
 
 
 @contextmanager
-def agreed(comm: MPI.Comm, waiter: Waiter) -> Iterator[None]:
+def agreed(comm: MPI.Comm, waiter: Waiter, patient: bool = True) -> Iterator[None]:
     """Run the body; raise on every rank of ``comm`` where it raised on any. Collective over ``comm``.
 
-    The body must not call anything that is collective. See :func:`agree` for what is raised.
+    See :func:`agree` for what is raised.
+
+    Args:
+        comm: The ranks. While the rank is patient, the body must not call anything that is collective.
+        waiter: Does the waiting.
+        patient: Whether a rank with an error waits for the others as long as it takes. Otherwise it soon raises its error
+            alone: they may wait for it elsewhere, in something collective over another communicator.
     """
     error = None
     try:
         yield
     except Exception as caught:  # noqa: BLE001  (raised on all ranks by agree)
         error = caught
-    agree(comm, error, waiter)
+    agree(comm, error, waiter, patient)
 
 
 def from_root(comm: MPI.Comm, make: Callable[[], T], waiter: Waiter) -> T:
@@ -96,16 +106,18 @@ def gather_arrays(comm: MPI.Comm, values: NDArray, waiter: Waiter) -> tuple[NDAr
     return everything, lengths
 
 
-def agree(comm: MPI.Comm, error: Exception | None, waiter: Waiter) -> None:
+def agree(comm: MPI.Comm, error: Exception | None, waiter: Waiter, patient: bool = True) -> None:
     """Raise on every rank of ``comm`` if any rank brings an error. Collective over ``comm``.
 
     A :class:`UserError` keeps its type everywhere; the lowest rank's wins. Other errors are raised where they are
-    and become a RuntimeError elsewhere.
+    and become a RuntimeError elsewhere. A rank that is not ``patient`` soon raises its error though others are late.
     """
     bad = np.array([comm.rank if error is not None else comm.size], np.int64)
     request = comm.Iallreduce(MPI.IN_PLACE, bad, op=MPI.MIN)
-    if error is not None:
-        _speak_where_others_are_late(request, error)
+    if error is not None and late(request):
+        if not patient:
+            raise error
+        logger.error("%s (other ranks have not heard of it yet)", error)
     waiter.wait(request)
     first = int(bad[0])
     if first == comm.size:
@@ -122,14 +134,14 @@ def agree(comm: MPI.Comm, error: Exception | None, waiter: Waiter) -> None:
     raise error if error is not None else RuntimeError(f"rank {first} failed: {text}")
 
 
-def _speak_where_others_are_late(request: MPI.Request, error: Exception) -> None:
-    """Log ``error`` where ``request`` does not complete soon: other ranks may be waiting for this one elsewhere."""
+def late(request: MPI.Request) -> bool:
+    """Tell whether ``request`` does not complete soon: other ranks may be waiting for this one elsewhere."""
     begun = time.monotonic()
     while not request.Test():
         if time.monotonic() - begun > PATIENCE_SECONDS:
-            logger.error("%s (other ranks have not heard of it yet)", error)
-            return
+            return True
         time.sleep(1e-3)
+    return False
 
 
 ErrorSink = Callable[[int, str], str | None]
@@ -154,18 +166,33 @@ def run_collectively(body: Callable[[MPI.Comm], int]) -> None:
     try:
         code = body(world)
     except UserError as error:
-        alone = not error.everywhere and world.size > 1
-        if alone:
-            give_way()
-        if world.rank == 0 or alone:
-            logger.error("%s", error)
         code = error.exit_code
-        if alone:
+        if not error.everywhere and world.size > 1:
+            if not others_speak(world):
+                logger.error("%s", error)
             flush()
             world.Abort(code)
+        if world.rank == 0:
+            logger.error("%s", error)
     except BaseException as error:  # noqa: BLE001  (whatever it is, the other ranks must not wait for this one)
         abort(error)
     leave(code)
+
+
+def others_speak(world: MPI.Comm) -> bool:
+    """Tell whether another rank tells an error of its own: of several that fail at the same time, the lowest speaks."""
+    claims = [world.Isend(b"", rank, CLAIM_TAG) for rank in range(world.size) if rank != world.rank]
+    begun = time.monotonic()
+    while world.rank and time.monotonic() - begun < CLAIM_SECONDS:
+        status = MPI.Status()
+        if world.Iprobe(MPI.ANY_SOURCE, CLAIM_TAG, status):
+            if status.source < world.rank:
+                time.sleep(PATIENCE_SECONDS)  # until that rank ends this one
+                return True
+            world.Recv(bytearray(0), status.source, CLAIM_TAG)
+        time.sleep(1e-3)
+    del claims
+    return False
 
 
 def leave(code: int) -> None:
