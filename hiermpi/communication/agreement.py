@@ -144,8 +144,6 @@ def late(request: MPI.Request) -> bool:
     return False
 
 
-logger = logging.getLogger("hiermpi")
-
 ErrorSink = Callable[[int, str], str | None]
 """Stores (rank, traceback) and returns where, or None where it could not."""
 
@@ -208,7 +206,7 @@ def leave(code: int) -> None:
 def abort(error: BaseException) -> None:
     """Report ``error`` with rank and host and end all ranks; never returns."""
     rank = MPI.COMM_WORLD.rank
-    time.sleep(min(0.02 * rank, 1.0))  # where all ranks fail alike, the first one speaks for all
+    give_way()
     try:
         where = _error_sink(rank, "".join(traceback.format_exception(error))) if _error_sink else None
     except Exception:  # noqa: BLE001  (a full disk must not hide the first error)
@@ -221,6 +219,11 @@ def abort(error: BaseException) -> None:
     flush()
     MPI.COMM_WORLD.Abort(EXIT_ERROR)
     os._exit(EXIT_ERROR)
+
+
+def give_way() -> None:
+    """Wait a little, the longer the higher the rank: where all ranks fail alike, the first one speaks for all."""
+    time.sleep(min(0.02 * MPI.COMM_WORLD.rank, 1.0))
 
 
 def flush() -> None:
