@@ -63,7 +63,8 @@ test-smoke: install ## a few of the MPI tests on 64 ranks
 	env $(OVERSUBSCRIBE) timeout --kill-after=10 300 $(MPIEXEC) -n 64 \
 	    $(BIN)/python -m mpi4py -m pytest -q -x --with-mpi tests/mpi -m smoke
 
-test-matrix: install ## every combination of ranks, routing, coordinators and reduction (minutes)
+test-matrix: install ## every combination of ranks, routing, coordinators and reduction, and broken plug-ins (minutes)
+	env HIERMPI_TEST_MATRIX=all $(BIN)/python -m pytest -q tests/plugins
 	for n in 1 2 3 13 26 64; do \
 	    env HIERMPI_TEST_MATRIX=all $(OVERSUBSCRIBE) timeout --kill-after=10 1200 $(MPIEXEC) -n $$n \
 	        $(BIN)/python -m mpi4py -m pytest -q -x --with-mpi tests/mpi/test_equality.py tests/mpi/test_reproducible.py || exit 1; \

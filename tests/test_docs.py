@@ -65,7 +65,7 @@ def finish(folder, words):
     return result.stdout
 
 
-def runnable(command):
+def runnable(page, command):
     """The words to run for a command of a page, small enough for a test."""
     shell = [word.strip('"') for word in re.findall(r"\"[^\"]*\"|\S+", command)]
     words = []
@@ -78,9 +78,9 @@ def runnable(command):
             words.append({"hiermpi": str(BIN / "hiermpi"), "python": sys.executable}.get(word, word))
     if "train" in words:
         words += SMALL
-        words[words.index("--run") + 1] += f"-{abs(hash(command)) % 10**8}"  # a run of its own
+        words[words.index("--run") + 1] += f"-{abs(hash((page, command))) % 10**8}"  # a run of its own
     if "prepare" in words:
-        words[words.index("--out") + 1] += f"-{abs(hash(command)) % 10**8}"
+        words[words.index("--out") + 1] += f"-{abs(hash((page, command))) % 10**8}"
     if "--vocab-size" in words:
         words[words.index("--vocab-size") + 1] = "300"
     return words
@@ -96,11 +96,11 @@ def test_commands_run(folder, page, command):
             pytest.skip(reason)
     if "HIERMPI_FAULT" in command:
         pytest.skip("ends its job on purpose; the tests of faults run it")
-    words = runnable(command)
+    words = runnable(page, command)
     for earlier in re.findall(r"runs/(?!mine)\w+", command) if "train" not in words else ():
         if not (folder / earlier).exists():  # made by the command above it, under a name of its own
             made = [other for other in commands_of(page) if f"--run {earlier} " in f"{other} "]
-            small = runnable(made[0]) if made else []
+            small = runnable(page, made[0]) if made else []
             if small:
                 small[small.index("--run") + 1] = earlier
                 finish(folder, small)
@@ -118,8 +118,8 @@ def test_an_example_file_of_each_plugin_page_is_run():
 
 @pytest.mark.parametrize("name", ["own-model", "own-optimizer", "own-routing", "own-reduction"])
 def test_plugins_of_the_pages_give_the_same_bits_on_any_ranks(folder, name):
-    command = next(command for command in commands_of(ROOT / "docs" / f"{name}.md") if "train" in command)
-    words = runnable(command)
+    page = ROOT / "docs" / f"{name}.md"
+    words = runnable(page, next(command for command in commands_of(page) if "train" in command))
     place = words.index("--run") + 1
     words += ["--hierarchy.reproducible", "true"]
     runs = []

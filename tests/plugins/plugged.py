@@ -61,7 +61,8 @@ def require_one_sentence(result, code, *words):
     """Require exit ``code`` and one line of hiermpi's that holds ``words``; the launcher's banner is not ours."""
     assert result.returncode == code, result.stderr
     assert "Traceback" not in result.stderr
-    ours = [line for line in result.stderr.splitlines() if line.startswith("hiermpi: ") and "warning: " not in line]
+    lines = map(str.strip, result.stderr.splitlines())
+    ours = [line for line in lines if line.startswith("hiermpi: ") and "warning: " not in line]
     assert len(ours) == 1, result.stderr
     for word in words:
         assert word in ours[0], ours[0]
