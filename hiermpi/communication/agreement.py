@@ -32,8 +32,10 @@ PATIENCE_SECONDS = 5.0
 """How long a rank with an error waits for the others before it says what has happened."""
 CLAIM_TAG = 32_101
 """The tag of the messages by which ranks that fail alone find out who tells it."""
-CLAIM_SECONDS = 0.3
-"""How long a rank looks for them."""
+LOOK_SECONDS = 0.03
+"""How long a rank looks for claims that came before its own."""
+CLAIM_SECONDS = 0.5
+"""How long it looks for those that came at the same time."""
 
 logger = logging.getLogger("hiermpi")
 T = TypeVar("T")
@@ -180,18 +182,27 @@ def run_collectively(body: Callable[[MPI.Comm], int]) -> None:
 
 
 def others_speak(world: MPI.Comm) -> bool:
-    """Tell whether another rank tells an error of its own: of several that fail at the same time, the lowest speaks."""
+    """Tell whether another rank tells an error of its own: of several that fail alone, the first or lowest speaks."""
+    if claimed(world, world.size, LOOK_SECONDS):
+        time.sleep(PATIENCE_SECONDS)  # until that rank ends this one
+        return True
     claims = [world.Isend(b"", rank, CLAIM_TAG) for rank in range(world.size) if rank != world.rank]
-    begun = time.monotonic()
-    while world.rank and time.monotonic() - begun < CLAIM_SECONDS:
-        status = MPI.Status()
-        if world.Iprobe(MPI.ANY_SOURCE, CLAIM_TAG, status):
-            if status.source < world.rank:
-                time.sleep(PATIENCE_SECONDS)  # until that rank ends this one
-                return True
-            world.Recv(bytearray(0), status.source, CLAIM_TAG)
-        time.sleep(1e-3)
+    spoken = world.rank > 0 and claimed(world, world.rank, CLAIM_SECONDS)
+    if spoken:
+        time.sleep(PATIENCE_SECONDS)
     del claims
+    return spoken
+
+
+def claimed(world: MPI.Comm, below: int, seconds: float) -> bool:
+    """Tell whether, within some time, a rank below a number says that it tells its error."""
+    begun, status = time.monotonic(), MPI.Status()
+    while time.monotonic() - begun < seconds:
+        if world.Iprobe(MPI.ANY_SOURCE, CLAIM_TAG, status):
+            world.Recv(bytearray(0), status.source, CLAIM_TAG)
+            if status.source < below:
+                return True
+        time.sleep(1e-3)
     return False
 
 
