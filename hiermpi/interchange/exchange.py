@@ -1,7 +1,7 @@
-"""Models to and from other programs: what ``hiermpi export`` and ``hiermpi import`` do, whatever the format.
+"""Models are exported to and imported from other programs here, whatever the format.
 
-A format is one object with the methods of :class:`Format` and one line in the registry of formats. What goes in and
-out is a checkpoint: a model's settings, its tensors by our names in token order, and its tokenizer.
+A format is one object with the methods of :class:`Format` and one line in the registry of formats. It writes and
+reads a checkpoint: a model's settings, its tensors by hiermpi's names in token order, and its tokenizer.
 """
 
 from pathlib import Path
@@ -19,45 +19,45 @@ from hiermpi.model.contract import load_family, specs_of
 from hiermpi.storage.checkpoint import Checkpoint, model_config
 
 SHAPE = ("vocab_size", "context_length", "n_layer", "n_head", "n_embd", "symmetry_order", "tie_embeddings")
-"""Settings of a model that an imported checkpoint names, beside those that are not at their default."""
+"""The settings of a model that an imported checkpoint always names; it names others where they are not the default."""
 
 
 class Format(Protocol):
     """A way to write a model, and perhaps to read it."""
 
     suffix: str
-    """The ending of a file that holds all of it; empty where it is always a folder."""
+    """The ending of a file that holds the whole model; it is empty where the model is always a folder."""
     file_names: tuple[str, ...]
-    """What a folder of this format may hold."""
+    """The names of the files that a folder of this format may hold."""
 
     def write(self, folder: Path, checkpoint: Checkpoint) -> None:
-        """Write the model into an empty folder; with a suffix, one file called ``model`` and the suffix.
+        """Write the model into an empty folder; with a suffix, the file is called ``model`` and the suffix.
 
         Raises:
             UserError: The format cannot hold this model.
         """
 
     def accepts(self, source: Path) -> bool:
-        """Tell whether there is a model of this format in a folder or file."""
+        """Return whether a folder or file holds a model of this format."""
 
     def read(self, source: Path) -> Checkpoint:
         """Read the model in a folder or file. Raises UserError."""
 
 
 def export(checkpoint: Checkpoint, out: Path, kind: str, force: bool) -> Path:
-    """Write the model of ``checkpoint`` in a registered format; whole or not at all.
+    """Write the model of ``checkpoint`` in a registered format; the output is whole or it is not made.
 
     Args:
         checkpoint: The checkpoint; its state is not needed.
-        out: A folder to make; for formats of one file also a file with the format's ending.
+        out: The folder to make; for formats of one file it may also be a file with the format's ending.
         kind: The name of the format.
-        force: Whether what stands at ``out`` is replaced.
+        force: Whether an existing file or folder at ``out`` is replaced.
 
     Returns:
-        What was written.
+        The path of the file or folder that was written.
 
     Raises:
-        UserError: The model or the place is not fit for it.
+        UserError: The model or the path cannot be used.
     """
     form: Format = FORMATS[kind]
     shape = model_config(checkpoint)
@@ -80,7 +80,7 @@ def export(checkpoint: Checkpoint, out: Path, kind: str, force: bool) -> Path:
 
 
 def is_export(folder: Path) -> bool:
-    """Tell whether everything in ``folder`` is of an exported model."""
+    """Return whether everything in ``folder`` belongs to an exported model."""
     allowed = {name for kind in FORMATS for name in FORMATS[kind].file_names}
     return all(path.name in allowed or path.stem == "model" for path in folder.iterdir())
 
@@ -99,12 +99,12 @@ def read_model(source: Path) -> Checkpoint:
 
 
 def imported(shape: ModelConfig, tensors: dict[str, NDArray[np.float32]], tokenizer: Tokenizer) -> Checkpoint:
-    """Make a checkpoint at step 0, of no dataset: ``train --resume`` takes it for any.
+    """Make a checkpoint at step 0 that belongs to no dataset; ``train --resume`` accepts it for any.
 
     Args:
         shape: The model's settings.
-        tensors: Its tensors by our names, in token order.
-        tokenizer: Its tokenizer.
+        tensors: The model's tensors by hiermpi's names, in token order.
+        tokenizer: The model's tokenizer.
     """
     default = ModelConfig()
     names = [name for name in vars(shape) if name in SHAPE or getattr(shape, name) != getattr(default, name)]
@@ -126,7 +126,16 @@ def imported(shape: ModelConfig, tensors: dict[str, NDArray[np.float32]], tokeni
 
 
 def fitted(config: ModelConfig, found: dict[str, NDArray], source: str) -> dict[str, NDArray[np.float32]]:
-    """Return the tensors of the model's shape among ``found``, as float32. Raises UserError."""
+    """Return those of the found tensors that the model has, as float32.
+
+    Args:
+        config: The model's settings.
+        found: The tensors in the source.
+        source: The name of the source, for messages.
+
+    Raises:
+        UserError: A tensor is missing, unknown, of another shape or not finite.
+    """
     tensors = {}
     for spec in specs_of(load_family(config.family), config):
         if spec.name not in found:
