@@ -122,7 +122,7 @@ def require(row: Any, fields: dict[str, Any], folder: RunFolder) -> None:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """Return ``{"section.field": value}`` of a run's config.toml, or an empty table where there is none. Raises UserError."""
+    """Read a run's config.toml as ``{"section.field": value}``, empty where it is missing. Raises UserError."""
     if not path.exists():
         return {}
     with told(path, "read"):

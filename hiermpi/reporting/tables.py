@@ -32,7 +32,7 @@ def mean(values: Iterable[float]) -> float:
 
 
 def phase_table(records: Sequence[Record]) -> list[str]:
-    """Write the lines of work per phase in seconds for each role (mean over its ranks), waiting, CPU and utilisation."""
+    """Write the lines of work per phase in seconds for each role (mean of its ranks), waiting, CPU and utilisation."""
     by_role = {role: [r for r in records if r["role"] == role] for role in ROLES}
     roles = [role for role in ROLES if by_role[role]]
     heads = [f"{len(by_role[role])} {role}{'s' if len(by_role[role]) > 1 else ''}" for role in roles]
@@ -68,7 +68,7 @@ def machine_lines(records: Sequence[Record]) -> list[str]:
 
 
 def core_use(records: Sequence[Record]) -> tuple[float, float, int] | None:
-    """Return (share of core time that computed, share that did anything, cores) over the nodes; None where not recorded."""
+    """Return (share of core time that computed, share that did anything, cores); None where it is not recorded."""
     if not all(r.get("elapsed") and r.get("cores") for r in records):
         return None
     cores = sum({r["host"]: r["cores"] for r in records}.values())
@@ -119,9 +119,10 @@ def own_share(root: Record) -> tuple[float, float]:
 
 
 def sequence_seconds(records: Sequence[Record]) -> dict[int, float]:
-    """Return the seconds of a sequence on each rank that computed: CPU time where ranks share cores, wall time elsewhere.
+    """Return the seconds per sequence of each rank that computed: CPU time where ranks share cores, else wall time.
 
-    On a shared core the clock goes on while other ranks have it, so wall time would show which rank started first, not which one is slow.
+    On a shared core the clock goes on while other ranks have it, so wall time would show which rank started first and
+    not which one is slow.
     """
     ranks = Counter(r["host"] for r in records)
 
