@@ -113,7 +113,10 @@ def keep_machine(path: Path, machine: Machine) -> None:
 
 
 def read_machine(path: Path | None) -> Machine | None:
-    """Read the machine in ``path``, by default in :func:`default_path`; None stands for no default file. Raises UserError."""
+    """Read the machine in ``path``, by default in :func:`default_path`. Raises UserError.
+
+    The result is None where no path is given and the default file does not exist.
+    """
     place = path or default_path()
     if path is None and not place.exists():
         return None
@@ -246,7 +249,7 @@ def _largest_share(topology: Topology, config: Config, model: ModelConfig, layou
 def fewest_tokens(
     machine: Machine, topology: Topology, config: Config, model: ModelConfig, enough: Callable[[Prediction], bool]
 ) -> int | None:
-    """Return the fewest tokens per leaf and step from which on ``enough`` holds, or None where no batch is large enough.
+    """Return the fewest tokens per leaf and step from which on ``enough`` holds; None where no batch is large enough.
 
     Args:
         machine: The figures of every node.

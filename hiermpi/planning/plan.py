@@ -214,7 +214,7 @@ def memory_of(
     messages = topology.size > 1 and not shared and sends_vectors(config)
 
     def vectors(rank: int) -> int:
-        """Return the bytes of gradient, sum and parameters; ranks that touch the same pages share their size equally."""
+        """Return the bytes of gradient, sum and parameters; ranks that touch the same pages share them equally."""
         own = sums if topology.is_leaf(rank) else 0
         if not shared:
             return unit + sums + parameters
@@ -224,7 +224,7 @@ def memory_of(
         return unit + round(gradients + sums * part) + parameters // len(topology.ranks_of_node[node])
 
     def workspace(rank: int) -> int:
-        """Return the bytes of a leaf's activations; where leaves use compute slots, this is its part of the slots' memory."""
+        """Return the bytes of a leaf's activations, or of its part of the compute slots' memory."""
         if not topology.is_leaf(rank):
             return 0
         own = activations[roots if rank == 0 else most]
@@ -247,7 +247,7 @@ def memory_of(
 
 
 def activations_of(model: ModelConfig, sequences: int) -> int:
-    """Return the bytes of a leaf that computes ``sequences`` at once; 0 where it never does, or the family does not say."""
+    """Return the bytes of a leaf that computes ``sequences`` at once; 0 where the family does not count them."""
     counted = getattr(load_family(model.family), "workspace_bytes", None)
     return counted(model, sequences) if sequences and counted else 0
 
@@ -283,12 +283,12 @@ def shares_memory(topology: Topology, config: Config) -> bool:
 
 
 def sends_vectors(config: Config) -> bool:
-    """Return whether ranks keep memory for messages of whole vectors, as all reductions but a single library call do."""
+    """Return whether ranks keep memory for messages of whole vectors, as all reductions but one library call do."""
     return config.hierarchy.reduction != "flat" and not is_outside(config.hierarchy.reduction)
 
 
 def planned_ownership(topology: Topology, config: Config, model: ModelConfig) -> Ownership:
-    """Return the ownership under ``optimizer.placement``, with classes that are the token ids modulo the order.
+    """Return the ownership under ``optimizer.placement``, where classes are the token ids modulo the order.
 
     Args:
         topology: The topology of the ranks.
