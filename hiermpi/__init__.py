@@ -1,6 +1,6 @@
-"""hiermpi: data-parallel training of language models on CPU clusters, through MPI.
+"""hiermpi trains language models data-parallel on CPU clusters, through MPI.
 
-The names below are the door for programs. Each is imported when it is first used: ``import hiermpi`` loads neither
+The names below are the Python API. Each is imported when it is first used: ``import hiermpi`` loads neither
 numpy nor MPI, and only :func:`train` and :func:`evaluate` with a communicator need MPI at all.
 """
 
@@ -48,7 +48,7 @@ PLACES = {
     "prepare": "hiermpi.preparation.preparing:prepare",
     "train": "hiermpi.training.session:train",
 }
-"""Where each name of the API is defined."""
+"""The module and attribute that define each name of the API."""
 
 __all__ = [
     "Batch",

@@ -1,4 +1,4 @@
-"""``python -m hiermpi`` is ``hiermpi``."""
+"""``python -m hiermpi`` runs the ``hiermpi`` command."""
 
 from hiermpi.cli import console
 

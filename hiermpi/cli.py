@@ -1,7 +1,7 @@
-"""The command line: find the command, decide whether it needs MPI, run it, leave with its exit code.
+"""The command line finds the command, decides whether it needs MPI, runs it, and exits with its code.
 
-Nothing heavy is imported before it is known to be needed: ``--help`` must answer on a login node, where MPI_Init
-may be forbidden, and every import is paid once per rank.
+A heavy module is imported only where it is needed: ``--help`` must answer on a login node, where MPI_Init may be
+forbidden, and every rank pays for every import.
 """
 
 import argparse
@@ -32,14 +32,14 @@ Exit codes: 0 done; 1 error; 2 command line or configuration; 75 stopped early w
 
 
 class Parser(argparse.ArgumentParser):
-    """Raises instead of exiting, so that under MPI the verdict can be told to every rank."""
+    """An argument parser that raises instead of exiting, so that under MPI every rank can receive the error."""
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message} (see {self.prog} --help)")
 
 
 def build_parser() -> Parser:
-    """The parser of all commands."""
+    """Make the parser of all commands."""
     parser = Parser(
         prog="hiermpi",
         description=DESCRIPTION,
@@ -61,7 +61,7 @@ def build_parser() -> Parser:
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """The parsed command line. Raises UsageError; ``--help`` and ``--version`` print and raise SystemExit."""
+    """Parse the command line. Raises UsageError; ``--help`` and ``--version`` print and raise SystemExit."""
     parser = build_parser()
     arguments, unknown = parser.parse_known_args(argv)
     if arguments.command is None:
@@ -76,17 +76,17 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def launched_ranks() -> int:
-    """Number of ranks that a launcher started this process with; 1 where there is none."""
+    """Return the number of ranks that a launcher started, or 1 where there is no launcher."""
     return max([int(os.environ[name]) for name in SIZE_VARIABLES if os.environ.get(name, "").isdigit()], default=1)
 
 
 def launched_rank() -> int:
-    """This process's rank by the launcher's word; 0 where there is none."""
+    """Return this process's rank as the launcher gives it, or 0 where there is no launcher."""
     return next((int(os.environ[name]) for name in RANK_VARIABLES if os.environ.get(name, "").isdigit()), 0)
 
 
 def runs_together(argv: Sequence[str]) -> bool:
-    """Tell whether the command line asks for something that ranks do together."""
+    """Return whether the command line asks for a command that ranks run together."""
     if not argv or {"-h", "--help", "--version"} & set(argv) or argv[0] not in tuple(COMMANDS):
         return False
     command = COMMANDS[argv[0]]
@@ -94,7 +94,7 @@ def runs_together(argv: Sequence[str]) -> bool:
 
 
 def set_up_logging(rank: int) -> None:
-    """Log to stderr: rank 0 tells all, the others warnings only, with their rank in front."""
+    """Log to stderr: everything on rank 0; on other ranks only warnings, with the rank in front."""
     logger = logging.getLogger("hiermpi")
     handler = StderrHandler()
     handler.setFormatter(LevelFormatter(rank))
@@ -104,7 +104,7 @@ def set_up_logging(rank: int) -> None:
 
 
 class StderrHandler(logging.StreamHandler[TextIO]):
-    """Writes to what ``sys.stderr`` is at the time: a live bar puts itself in its place."""
+    """A handler that writes to the current ``sys.stderr``, which a live progress bar replaces."""
 
     def __init__(self) -> None:
         logging.Handler.__init__(self)
@@ -115,7 +115,7 @@ class StderrHandler(logging.StreamHandler[TextIO]):
 
 
 class LevelFormatter(logging.Formatter):
-    """Plain progress lines; errors and warnings say what they are, and other ranks than 0 who they are."""
+    """A formatter of plain lines; errors and warnings get their level, and ranks other than 0 their number."""
 
     def __init__(self, rank: int) -> None:
         super().__init__("%(message)s")
@@ -130,9 +130,9 @@ class LevelFormatter(logging.Formatter):
 
 
 def run_alone(argv: Sequence[str]) -> int:
-    """Run a command in this process only; return its exit code."""
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that temporary files are removed
-    if launched_rank() > 0:  # started by a launcher for a command that one process does
+    """Run a command in this process only, and return its exit code."""
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # an exit removes temporary files
+    if launched_rank() > 0:  # a launcher started several ranks for a command that needs one process
         return 0
     try:
         arguments = parse(argv)
@@ -150,7 +150,7 @@ def run_alone(argv: Sequence[str]) -> int:
 
 
 def run_together(argv: Sequence[str]) -> NoReturn:
-    """Run a command on all ranks; leave the process with its exit code."""
+    """Run a command on all ranks, and end the process with its exit code."""
     from mpi4py import MPI
 
     from hiermpi.communication.agreement import from_root, run_collectively
@@ -167,8 +167,8 @@ def run_together(argv: Sequence[str]) -> NoReturn:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run ``hiermpi`` with the words after its name; return the exit code (ranks leave by themselves)."""
-    # Before numpy is imported: ranks are the parallelism, a BLAS that threads by itself oversubscribes the cores.
+    """Run ``hiermpi`` with these arguments and return the exit code; a command on all ranks ends the process itself."""
+    # This precedes the import of numpy: ranks are the parallelism, and a BLAS with threads oversubscribes the cores.
     for variable in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ[variable] = "1"
     set_up_logging(launched_rank())
@@ -180,7 +180,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def console() -> NoReturn:
-    """Entry point of the ``hiermpi`` command."""
+    """Run the ``hiermpi`` command as its entry point."""
     sys.exit(main(sys.argv[1:]))
 
 

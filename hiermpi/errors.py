@@ -1,4 +1,4 @@
-"""The errors a user can cause or mend, each with its exit code.
+"""The errors that a user can cause or fix, each with its exit code.
 
 Anything that is not a :class:`UserError` is a defect or a broken machine and ends with a report of rank and host.
 """
@@ -9,25 +9,25 @@ from contextlib import contextmanager
 EXIT_DONE = 0
 EXIT_ERROR = 1
 EXIT_USAGE = 2
-EXIT_STOPPED = 75  # sysexits.h EX_TEMPFAIL: stopped early with a checkpoint, run me again
+EXIT_STOPPED = 75  # sysexits.h EX_TEMPFAIL: the run stopped early with a checkpoint and can be started again
 
 
 class UserError(Exception):
-    """Something the user can mend: the message is one sentence that names the thing and what to do."""
+    """An error that the user can fix; its message is one sentence that names the cause and what to do."""
 
     exit_code = EXIT_ERROR
     everywhere = False
-    """Whether every rank raises it; otherwise the rank that does must end the others."""
+    """Whether every rank raises the error; otherwise the rank that raises it must end the others."""
 
 
 class UsageError(UserError):
-    """The command line or the configuration is wrong."""
+    """An error in the command line or the configuration."""
 
     exit_code = EXIT_USAGE
 
 
 class PluginError(UserError):
-    """Code from outside the package does not keep its contract: the message names it, and what it must give."""
+    """An error of code from outside the package that breaks its contract; the message names both."""
 
 
 class DamagedFile(UserError):

@@ -1,4 +1,4 @@
-"""Files that are whole or absent, and errors of the file system in one sentence."""
+"""Functions that write files whole or not at all, and state errors of the file system in one sentence."""
 
 import contextlib
 import errno
@@ -19,7 +19,7 @@ ADVICE = {
 
 @contextlib.contextmanager
 def told(path: Path, doing: str) -> Iterator[None]:
-    """Turn an OSError of the body into a UserError that names ``path``, what was being done, and the reason."""
+    """Turn an OSError of the body into a UserError that names ``path``, the action ``doing``, and the reason."""
     try:
         yield
     except OSError as error:
@@ -28,7 +28,7 @@ def told(path: Path, doing: str) -> Iterator[None]:
 
 
 def require_new(path: Path, force: bool) -> None:
-    """Refuse an output file that cannot be made, or stands there already. Raises UsageError."""
+    """Refuse an output file that cannot be made or exists already. Raises UsageError."""
     if path.is_dir():
         raise UsageError(f"{path} is a folder: name a file with --out")
     if path.exists() and not force:
@@ -38,9 +38,10 @@ def require_new(path: Path, force: bool) -> None:
 
 
 def write_whole(path: Path, write: Callable[[int], None]) -> None:
-    """Make the file ``path`` with what ``write`` writes to a descriptor; any failure leaves the old one as it was.
+    """Make the file ``path`` with what ``write`` writes to a descriptor; after any failure the old file is unchanged.
 
-    A temporary file in the same folder, fsync, rename, fsync of the folder. Raises UserError.
+    The function writes a temporary file in the same folder, calls fsync, renames it, and calls fsync for the folder.
+    Raises UserError.
     """
     temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
     with told(path, "write"):
@@ -62,9 +63,9 @@ def write_whole(path: Path, write: Callable[[int], None]) -> None:
 
 @contextlib.contextmanager
 def whole_path(path: Path) -> Iterator[Path]:
-    """A temporary path beside ``path``, for a file or a folder; what the body makes there takes its place.
+    """Yield a temporary path beside ``path``, and rename the file or folder that the body makes there to ``path``.
 
-    Any failure leaves the old one as it was. Raises OSError.
+    After any failure the old file or folder is unchanged. Raises OSError.
     """
     temporary = path.with_name(f".{path.name}{TEMPORARY_SUFFIX}-{os.getpid()}")
     aside = path.with_name(f".{path.name}.old-{os.getpid()}")
@@ -93,14 +94,14 @@ def whole_path(path: Path) -> Iterator[Path]:
 
 
 def write_bytes(descriptor: int, data: bytes | memoryview) -> None:
-    """Write all of ``data``."""
+    """Write all of ``data`` to a descriptor."""
     rest = memoryview(data).cast("B")
     while rest:
         rest = rest[os.write(descriptor, rest) :]
 
 
 def sync(path: Path) -> None:
-    """Have a file's bytes, or a folder's entries, on disk."""
+    """Flush a file's bytes, or a folder's entries, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,8 +1,7 @@
-"""Progress of long work: a live bar on a terminal, plain lines in a batch log. Always on stderr.
+"""The progress of long work is a live bar on a terminal and plain lines in a batch log, always on stderr.
 
-``mpirun`` gives its ranks pipes and passes on whole lines only, so a rank asks where its launcher's stderr goes
-(Linux's /proc tells) and draws on that terminal itself.
-``HIERMPI_PROGRESS=bar|lines`` decides by hand.
+``mpirun`` gives its ranks pipes and passes on whole lines only. A rank therefore finds the terminal of its launcher's
+stderr through Linux's /proc, and draws on it directly. ``HIERMPI_PROGRESS=bar|lines`` overrides this choice.
 """
 
 import logging
@@ -22,7 +21,7 @@ logger = logging.getLogger("hiermpi")
 
 
 def terminal() -> str:
-    """The terminal that stderr ends at: its device, ``-`` where it is stderr itself, empty where there is none."""
+    """Return the device of the terminal behind stderr, ``-`` for stderr itself, or an empty text for no terminal."""
     wanted = os.environ.get("HIERMPI_PROGRESS", "auto")
     if wanted == "lines":
         return ""
@@ -38,7 +37,7 @@ def terminal() -> str:
 
 
 def terminal_width(device: str) -> int:
-    """Columns of the terminal ``device``."""
+    """Return the number of columns of the terminal ``device``."""
     try:
         with open("/dev/stderr" if device == "-" else device, "rb") as file:
             return os.get_terminal_size(file.fileno()).columns
@@ -47,14 +46,14 @@ def terminal_width(device: str) -> int:
 
 
 class ProgressBar:
-    """A context in which work is counted.
+    """A context that counts work and shows its progress.
 
     Args:
-        what: is being done.
-        total: units of work; steps, or bytes.
-        done: units that were done before.
-        in_bytes: whether the units are bytes.
-        lines: whether to log a line now and then where there is no terminal; a caller with lines of its own says no.
+        what: The work that is being done, for display.
+        total: The units of work in all; steps, or bytes.
+        done: The units that were done before.
+        in_bytes: Whether the units are bytes.
+        lines: Whether to log a line at intervals where there is no terminal; False suits callers with their own lines.
     """
 
     def __init__(
@@ -70,7 +69,7 @@ class ProgressBar:
 
     @property
     def live(self) -> bool:
-        """Whether a bar is on a terminal."""
+        """Whether a bar is drawn on a terminal."""
         return self._bar is not None
 
     def __enter__(self) -> "ProgressBar":
@@ -83,7 +82,7 @@ class ProgressBar:
         return self
 
     def advance(self, units: int, note: str = "") -> None:
-        """Count ``units`` more; ``note`` stands behind the bar."""
+        """Count ``units`` more, and show ``note`` behind the bar."""
         self.done += units
         if self._bar is not None:
             self._bar.update(self._task, completed=self.done, note=note)
@@ -104,7 +103,7 @@ class ProgressBar:
 
 
 def make_bar(device: str, in_bytes: bool) -> "Progress | None":
-    """A bar of the rich library (extra ``progress``); None where that is not installed."""
+    """Make a progress bar with the rich library (extra ``progress``); return None where it is not installed."""
     try:
         from rich.console import Console
         from rich.progress import (

@@ -1,6 +1,6 @@
-"""Requests to stop early: signals on any rank; the STOP file and the time limit on the root.
+"""Requests to stop early come from signals on any rank, and from the STOP file and the time limit on the root.
 
-Signals that come while the program is still being loaded are remembered, where they would otherwise kill.
+Signals that come while the program is still being loaded are remembered; without this they would end it.
 """
 
 import signal
@@ -14,7 +14,7 @@ FILE_CHECK_SECONDS = 0.5
 STOP_SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 
 received: list[int] = []
-"""Numbers of the signals that came since :func:`listen`."""
+"""The numbers of the signals that came since :func:`listen` was called."""
 
 
 def listen() -> None:
@@ -29,13 +29,13 @@ def remember(number: int, frame: FrameType | None) -> None:
 
 
 class StopRequests:
-    """Collects this rank's reasons to stop; the ranks agree on them in the step's own exchange.
+    """A collector of this rank's reasons to stop; the ranks agree on them in the messages of each step.
 
-    Takes the signals that ask for a stop when it is made, and gives them back at the end of its context.
+    The constructor installs handlers for the signals that ask for a stop; the end of its context restores the old ones.
 
     Args:
-        stop_file_exists: Asked at most every half second (root only).
-        seconds: The time limit from now.
+        stop_file_exists: The function that looks for the STOP file, called at most every half second on the root.
+        seconds: The time limit from now in seconds.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class StopRequests:
         self._deadline = time.monotonic() + seconds
         self._next_check = 0.0
         self._before: dict[int, Any] = {}
-        if threading.current_thread() is threading.main_thread():  # Python gives signals to no other
+        if threading.current_thread() is threading.main_thread():  # Python allows signal handlers in no other
             self._before = {number: signal.signal(number, self._on_signal) for number in STOP_SIGNALS}
 
     def __enter__(self) -> "StopRequests":
@@ -60,11 +60,11 @@ class StopRequests:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.reason:
-            raise KeyboardInterrupt  # the second Ctrl-C means now
+            raise KeyboardInterrupt  # the second Ctrl-C ends the process at once
         self.reason = signal.Signals(number).name
 
     def requested(self) -> bool:
-        """Whether this rank knows of a reason to stop."""
+        """Return whether this rank knows of a reason to stop."""
         now = time.monotonic()
         if not self.reason and now > self._deadline:
             self.reason = "run.time_limit"
@@ -76,7 +76,7 @@ class StopRequests:
 
 
 class NeverStop(StopRequests):
-    """Asks for nothing and takes no signal: for what is done without a run, such as an evaluation."""
+    """A replacement that never asks for a stop and handles no signal, for work without a run such as an evaluation."""
 
     def __init__(self) -> None:
         self.reason = ""

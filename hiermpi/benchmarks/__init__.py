@@ -1,1 +1,1 @@
-"""Side-by-side measurements: methods take turns within one run, and ratios of medians are what counts."""
+"""The benchmarks measure methods in turns within one run, and report the ratios of their medians."""

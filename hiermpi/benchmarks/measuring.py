@@ -1,4 +1,4 @@
-"""Interleaved timing, the form of its results, and every kernel measured, numpy against compiled."""
+"""The module times methods in turns, formats the results, and measures every kernel, numpy against compiled."""
 
 import statistics
 import time
@@ -18,13 +18,14 @@ def interleaved(
     between: Callable[[], None] = lambda: None,
     warm_up: Mapping[str, Callable[[], object]] | None = None,
 ) -> dict[str, list[float]]:
-    """Seconds of each call, ``rounds`` of each method, the methods taking turns so that noise falls on all alike.
+    """Return the seconds of each call of each method; the methods alternate, so that noise affects all alike.
 
     Args:
-        methods: what to time; each is called once untimed first.
-        rounds: timed calls of each.
-        between: called before each call (a barrier, on several ranks).
-        warm_up: what to do untimed right before each call: while the others had their turns, caches and pages went.
+        methods: The methods to time; each is called once untimed first.
+        rounds: The number of timed calls of each method.
+        between: The function to call before each call (a barrier, on several ranks).
+        warm_up: The functions to call untimed right before each call, which restore the caches and pages that the other
+            methods displaced.
     """
     seconds: dict[str, list[float]] = {name: [] for name in methods}
     for turn in range(rounds + 1):
@@ -40,21 +41,27 @@ def interleaved(
 
 
 def row(method: str, ranks: int, n: int, seconds: Sequence[float], **more: Any) -> dict[str, Any]:
-    """One row of ``--json``: median and quartiles of a method.
+    """Return one row of ``--json``: median and quartiles of a method in seconds.
 
     Args:
-        method: its name.
-        ranks: that took part.
-        n: size of the problem (floats, tokens).
-        seconds: of each call.
-        more: further keys.
+        method: The name of the method.
+        ranks: The number of ranks that took part.
+        n: The size of the problem (floats, tokens).
+        seconds: The seconds of each call.
+        more: Further keys of the row.
     """
     q1, median, q3 = statistics.quantiles(seconds, n=4, method="inclusive") if len(seconds) > 1 else [seconds[0]] * 3
     return {"method": method, "ranks": ranks, "n": n, "median_s": median, "q1_s": q1, "q3_s": q3, **more}
 
 
 def table(rows: Sequence[Mapping[str, Any]], ratios: Mapping[str, float], extra: str = "") -> str:
-    """Rows and ratios for a person; ``extra`` names a further key of the rows to show."""
+    """Write rows and ratios as a text for a person.
+
+    Args:
+        rows: The rows, as :func:`row` makes them.
+        ratios: The ratios by name.
+        extra: A further key of the rows to show.
+    """
     width = max(len(r["method"]) for r in rows) + 2
     lines = [f"{'method':{width}}{'ranks':>6}{'n':>12}{'median ms':>12}{'quartiles ms':>22}  {extra}"]
     for r in rows:
@@ -68,12 +75,12 @@ def table(rows: Sequence[Mapping[str, Any]], ratios: Mapping[str, float], extra:
 
 
 SHAPES = {"nano": (12, 64, 4, 32), "medium": (8, 256, 6, 64)}
-"""B, T, H, D: nanoGPT's CPU configuration, and 6 heads of 64 at 256 tokens."""
+"""The sizes B, T, H, D: nanoGPT's CPU configuration, and 6 heads of 64 at 256 tokens."""
 VOCABULARY = 256
 
 
 def bench_kernels(rounds: int = 15) -> dict[str, Any]:
-    """Rows per kernel, level and shape; ratios of numpy's median to the best level's."""
+    """Return rows per kernel, level and shape, and the ratios of numpy's median to the best level's."""
     kernels: dict[str, Kernels] = {"numpy": load_kernels("numpy")}
     kernels |= {level: load_kernels(level) for level in available_levels()}
     rows, ratios = [], {}
@@ -88,7 +95,7 @@ def bench_kernels(rounds: int = 15) -> dict[str, Any]:
 
 
 def calls_of(kernels: Kernels, shape: tuple[int, int, int, int]) -> dict[str, Callable[[], object]]:
-    """One call per kernel on arrays of its own."""
+    """Return one call per kernel on arrays of its own."""
     batch, length, heads, width = shape
     rows, channels = batch * length, heads * width
     generator = np.random.default_rng(0)

@@ -1,4 +1,4 @@
-"""Ways to sum a vector over all ranks, timed side by side, and the machine's figures that ``plan`` predicts from."""
+"""The module times ways to sum a vector over all ranks, and measures the figures from which ``plan`` predicts."""
 
 import dataclasses
 import datetime
@@ -32,14 +32,23 @@ from hiermpi.training.trainer import Trainer
 
 SECONDS_PER_SIZE = 15.0
 CALLS_BELOW = 1_000_000
-"""Floats below which a turn is several calls: ranks leave the barrier between turns a little apart."""
+"""The number of floats below which a turn has several calls, since ranks leave a barrier at unequal times."""
 
 
 def bench_reduce(world: MPI.Comm, setting: str = "auto", largest: int = 10**8, rounds: int = 12) -> dict[str, Any]:
-    """Rows per method and size, ratios at each size, notes on what did not fit, and the number of nodes.
+    """Measure the reductions at growing sizes. Collective over ``world``.
 
     A call sums gradients to the root and gives every rank the root's parameters. ``sum bandwidth`` is what the cores
-    of a node reach who sum the same buffers into one without waiting for anybody. Collective over ``world``.
+    of a node reach when they sum the same buffers into one without any waiting.
+
+    Args:
+        world: The communicator of the ranks.
+        setting: The value of ``hierarchy.reduction``, whose reductions from outside are measured, too.
+        largest: The largest size in floats.
+        rounds: The number of timed turns of each method.
+
+    Returns:
+        The rows per method and size, the ratios at each size, notes on what was not measured, and the number of nodes.
     """
     comms = Communicators(world, 12)
     names = named_reductions(setting)
@@ -77,14 +86,21 @@ def named_reductions(setting: str) -> list[str]:
 
 
 def bench_size(comms: Communicators, names: Sequence[str], n: int, rounds: int) -> list[dict[str, Any]]:
-    """Rows at one size. Collective over the hierarchy."""
+    """Measure the reductions at one size, and return their rows. Collective over the hierarchy.
+
+    Args:
+        comms: The hierarchy.
+        names: The names of the reductions.
+        n: The size in floats.
+        rounds: The number of timed turns of each method.
+    """
     ownership, vectors = owned_by_root(n), Vectors(state=())
     chosen = make_reduction(",".join(names), comms, ownership, vectors)
     name = chosen.name
     chosen.reduction.free()
-    del chosen  # and its memory, before the same is taken again
+    del chosen  # its memory must be free before the same is allocated again
     made = {kind: make_reduction(kind, comms, ownership, vectors).reduction for kind in names}
-    # One vector for all: what is timed is the way, not the memory.
+    # All methods share one vector, since the method is timed and not the memory.
     sharing = next((how for how in made.values() if how.shares_memory), next(iter(made.values())))
     gradients, parameters = sharing.gradient_vector(), sharing.parameter_slots()[0]
     methods = {kind: both_ways(how, gradients, parameters) for kind, how in made.items()}
@@ -114,7 +130,7 @@ def bench_size(comms: Communicators, names: Sequence[str], n: int, rounds: int) 
 
 
 def several(method: Callable[[], None], calls: int) -> Callable[[], None]:
-    """``calls`` of ``method``."""
+    """Return a function that calls ``method`` ``calls`` times."""
 
     def call() -> None:
         for _ in range(calls):
@@ -126,7 +142,13 @@ def several(method: Callable[[], None], calls: int) -> Callable[[], None]:
 def both_ways(
     how: Reduction, gradients: NDArray[np.float32], parameters: NDArray[np.float32]
 ) -> Callable[[], None]:
-    """Sum up, parameters down, with one of our reductions."""
+    """Return a function that sums gradients and broadcasts parameters with a reduction of hiermpi.
+
+    Args:
+        how: The reduction.
+        gradients: The vector to sum.
+        parameters: The vector to broadcast.
+    """
     sums, verdict = np.zeros(4), np.ones(4)
 
     def call() -> None:
@@ -137,7 +159,7 @@ def both_ways(
 
 
 def plain_mpi(comms: Communicators, vector: NDArray[np.float32]) -> dict[str, Callable[[], None]]:
-    """What the MPI library offers for the same."""
+    """Return the MPI library's own calls for the same task, by name."""
     world = comms.world
 
     def reduce_bcast() -> None:
@@ -163,16 +185,16 @@ def plain_mpi(comms: Communicators, vector: NDArray[np.float32]) -> dict[str, Ca
 
 @runtime_checkable
 class SumsParts(Protocol):
-    """A reduction that sums a part of the vector over its node's gradients, waiting for nobody."""
+    """A reduction that can sum a part of the vector over its node's gradients without any waiting."""
 
     ownership: Ownership
 
     def sum_part(self, start: int, stop: int) -> None:
-        """Sum these elements."""
+        """Sum the elements from ``start`` up to ``stop``."""
 
 
 def own_bandwidth(comms: Communicators, shared: SumsParts) -> Callable[[], None]:
-    """The sum of a node's gradients where they lie, each of its cores a part, nobody waiting for anybody."""
+    """Return a function that sums a part of a node's gradients in memory on each of its cores, without any waiting."""
     summing = min(comms.node.size, usable_cores())
     bounds, place = block_bounds(shared.ownership.size, summing), comms.node.rank
 
@@ -184,7 +206,7 @@ def own_bandwidth(comms: Communicators, shared: SumsParts) -> Callable[[], None]
 
 
 def available_memory() -> int:
-    """Bytes that this machine can still give."""
+    """Return the number of bytes of memory that this machine has free."""
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
@@ -192,18 +214,18 @@ TURNS = 5
 WARM_UP = 3
 MOST_STEPS = 40
 SECONDS = 4.0
-"""Most of measuring steps, after the first."""
+"""The longest time in seconds for measuring steps after the first ones."""
 COMPUTE_SECONDS = 0.3
 COORDINATING = ("scatter", "reduce", "optimize", "broadcast", "commit")
 
 
 def measure_machine(config: Config, world: MPI.Comm, rows: list[dict[str, Any]]) -> Machine:
-    """The machine, as rank 0 sees it. Collective over ``world``.
+    """Measure the figures of the machine as rank 0 sees them. Collective over ``world``.
 
     Args:
-        config: whose model and batch are the measure; the vocabulary size is resolved.
-        world: ranks of one node.
-        rows: of :func:`hiermpi.benchmarks.reduce.bench_reduce`.
+        config: The configuration whose model and batch are used, with the vocabulary size resolved.
+        world: The communicator of the ranks of one node.
+        rows: The rows of :func:`hiermpi.benchmarks.reduce.bench_reduce`.
     """
     cores, waiter = usable_cores(), Waiter()
     few = min(world.size, cores)
@@ -230,7 +252,14 @@ def measure_machine(config: Config, world: MPI.Comm, rows: list[dict[str, Any]])
 
 
 def compute_seconds(config: Config, world: MPI.Comm, n: int, waiter: Waiter) -> tuple[float, float]:
-    """(per call, per token) CPU seconds as ``n`` ranks compute, others asleep. Collective over ``world``."""
+    """Return the CPU seconds (per call, per token) while ``n`` ranks compute. Collective over ``world``.
+
+    Args:
+        config: The configuration whose model is used.
+        world: The communicator of the ranks of one node.
+        n: The number of ranks that compute; the others sleep.
+        waiter: The waiter of this rank.
+    """
     model = config.model
     several = max(2, min(micro_batch_sequences(model, config.train.micro_batch_size), 8))
     medians = np.zeros(2)
@@ -269,21 +298,27 @@ def compute_seconds(config: Config, world: MPI.Comm, n: int, waiter: Waiter) -> 
 
 
 def sum_rate(rows: list[dict[str, Any]], ranks: int) -> float:
-    """Bytes a second of the largest sum: alone, or, where there is no shared memory, with all the waiting."""
+    """Return the bytes per second of the largest sum, with its waiting where ranks share no memory."""
     alone = [entry["bytes_per_second"] for entry in rows if entry["method"] == "sum bandwidth"]
     last = [entry for entry in rows if entry["method"] == "shared"][-1]
     return float(alone[-1] if alone else 4 * last["n"] * (ranks + 1) / last["median_s"])
 
 
 def idle_barrier(world: MPI.Comm) -> None:
-    """A barrier whose waiters take nothing from those who measure. Collective over ``world``."""
+    """Wait in a barrier that takes no CPU time from ranks that measure. Collective over ``world``."""
     request = world.Ibarrier()
     while not request.Test():
         time.sleep(0.02)
 
 
 def fitted_line(rows: list[dict[str, Any]], method: str, ranks: int) -> Line:
-    """Latency and rate of a reduction, from the smallest and the largest size."""
+    """Fit latency and rate of a reduction to its smallest and its largest size.
+
+    Args:
+        rows: The rows of :func:`bench_reduce`.
+        method: The name of the reduction.
+        ranks: The number of ranks.
+    """
     known = {entry["n"]: entry["median_s"] for entry in rows if entry["method"] == method}
     smallest, largest = min(known), max(known)
     crossing = 8 * (ranks - 1) * (largest - smallest)
@@ -291,7 +326,18 @@ def fitted_line(rows: list[dict[str, Any]], method: str, ranks: int) -> Line:
 
 
 def with_overheads(machine: Machine, config: Config, world: MPI.Comm, few: int, waiter: Waiter) -> Machine:
-    """What real steps take beyond the rest: on a core each, and with all ranks. Collective over ``world``."""
+    """Measure what real steps take beyond the predicted parts. Collective over ``world``.
+
+    Args:
+        machine: The figures that are known.
+        config: The configuration whose model and batch are used.
+        world: The communicator of the ranks of one node.
+        few: The number of ranks that have a core each; the steps of these and of all ranks are measured.
+        waiter: The waiter of this rank.
+
+    Returns:
+        The figures, completed on rank 0.
+    """
     for ranks in sorted({few, world.size}):
         some = world.Split(0 if world.rank < ranks else MPI.UNDEFINED, world.rank)
         if some != MPI.COMM_NULL:
@@ -308,7 +354,7 @@ def with_overheads(machine: Machine, config: Config, world: MPI.Comm, few: int, 
 
 
 def step_seconds(trainer: Trainer, comms: Communicators) -> list[float]:
-    """Of some steps, after a few to warm up. Collective over the hierarchy."""
+    """Measure the seconds of steps, after a few untimed ones. Collective over the hierarchy."""
     warm = [trainer.step().seconds for _ in range(WARM_UP)]
     count = max(TURNS, min(MOST_STEPS, int(SECONDS / warm[-1])))
     count = broadcast_object(comms.world, count, comms.waiter)
@@ -316,7 +362,15 @@ def step_seconds(trainer: Trainer, comms: Communicators) -> list[float]:
 
 
 def readings(machine: Machine, config: Config, trainer: Trainer, seconds: list[float], ranks: int) -> dict[str, Any]:
-    """The fields of :class:`Machine` that steps of ``ranks`` ranks tell."""
+    """Return the fields of :class:`Machine` that the measured steps determine.
+
+    Args:
+        machine: The figures that are known.
+        config: The configuration of the steps.
+        trainer: The trainer that did the steps.
+        seconds: The seconds of each step.
+        ranks: The number of ranks that did the steps.
+    """
     phases, steps, topology = trainer.phases, len(seconds) + WARM_UP, trainer.comms.topology
     optimizer = trainer.rank.optimizer
     assert optimizer is not None
@@ -329,7 +383,7 @@ def readings(machine: Machine, config: Config, trainer: Trainer, seconds: list[f
         worked = phases.seconds["optimize"] - phases.waits["optimize"]
         known["optimize_seconds"] = worked / steps / owned
     if trainer.sequences and alone:
-        # Steps are longer than what was timed alone, and are what is to be predicted: they say how much it is.
+        # Steps take longer than what was timed alone, and steps are to be predicted, so they set the scale.
         expected = leaf_seconds(machine, config, config.model, trainer.sequences / steps)
         scale = phases.cpu["compute"] / steps / expected
         known |= {name: scale * getattr(machine, name) for name in ("token_seconds", "call_seconds")}
@@ -345,7 +399,7 @@ def readings(machine: Machine, config: Config, trainer: Trainer, seconds: list[f
 
 
 def batch_seconds(source: BatchSource) -> tuple[float, float]:
-    """CPU seconds of preparing a batch: of any, and of each sequence in it."""
+    """Return the CPU seconds of preparing a batch: a fixed part, and a part for each of its sequences."""
     sizes, medians = (source.batch_size, 8 * source.batch_size), []
     for index, size in enumerate(sizes):
         source.batch_size = size

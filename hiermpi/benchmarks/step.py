@@ -1,10 +1,10 @@
-"""The training step: compiled against numpy kernels, the machine's own sgemm rate and its peak, and PyTorch.
+"""The module times the training step with compiled and numpy kernels, against sgemm, the peak rate and PyTorch.
 
 Every method does the same work per call: one optimizer step on the same number of sequences of the same shapes, on the
 same cores. PyTorch runs inside the same job, in turns: as DDP over gloo on the same processes, as one process with all
-threads, and compiled where that works; the best of these is the peer. Which forms ran, and why others did not, is in
-the result. Beside them the step's floating-point operations as one large product, and as multiply-adds on registers
-alone, the floor under everybody.
+threads, and compiled where that works; the best of these is the peer. The result lists which forms ran, and why others
+did not. The step's floating-point operations are also timed as one large product, and as multiply-adds on registers
+alone, which is a lower bound for every method.
 """
 
 import dataclasses
@@ -30,16 +30,16 @@ from hiermpi.training.trainer import Trainer
 
 CORPUS_TOKENS = 1 << 20
 Steps = Callable[[int], None]
-"""Does so many steps."""
+"""The type of a function that does a given number of steps."""
 
 TURN_SECONDS = 0.4
 WARM_UP_STEPS = 2
 SETTLING_SECONDS = 0.25
-"""Before each turn: the threads of PyTorch's OpenMP go on spinning for a while when their work is done."""
+"""The pause in seconds before each turn: threads of PyTorch's OpenMP spin for a while after their work."""
 
 
 class RandomTokens:
-    """A corpus in memory, the same tokens for training and validation."""
+    """A corpus in memory with the same tokens for training and validation."""
 
     def __init__(self, vocab_size: int, symmetry_order: int) -> None:
         self.tokens = np.random.default_rng(0).integers(0, vocab_size, CORPUS_TOKENS).astype(np.uint16)
@@ -57,20 +57,23 @@ class RandomTokens:
 
 
 def make_trainer(config: Config, comms: Communicators) -> Trainer:
-    """Put a rank together as ``train`` does, on random tokens. Collective over the hierarchy."""
+    """Assemble a rank on random tokens, as ``train`` does, and make its trainer. Collective over the hierarchy."""
     data = RandomTokens(config.model.vocab_size, config.model.symmetry_order) if comms.rank == 0 else None
     rank = assemble(config, comms, data=data)
     return Trainer(rank, rank.batch_source(data) if data else None)
 
 
 def bench_step(config: Config, world: MPI.Comm, rounds: int = 12, peers: bool = True) -> dict[str, Any]:
-    """Rows per method (seconds per step), ratios of the others' medians to ours. Collective over ``world``.
+    """Measure the seconds per step of each method. Collective over ``world``.
 
     Args:
-        config: shapes and batch; the vocabulary size is resolved.
-        world: the ranks.
-        rounds: turns of each method.
-        peers: whether to measure PyTorch.
+        config: The configuration of shapes and batch, with the vocabulary size resolved.
+        world: The communicator of the ranks.
+        rounds: The number of turns of each method.
+        peers: Whether to measure PyTorch.
+
+    Returns:
+        The rows per method, the ratios of the others' medians to hiermpi's, and notes.
     """
     comms = Communicators(world, config.model.symmetry_order, config.hierarchy.coordinators)
     trainers = {"hiermpi": make_trainer(config, comms)}
@@ -137,7 +140,7 @@ def bench_step(config: Config, world: MPI.Comm, rounds: int = 12, peers: bool = 
 
 
 def steps_per_turn(trainer: Trainer, comms: Communicators) -> int:
-    """Steps that fill a turn: after another method's turn the caches are cold. Collective over the hierarchy."""
+    """Return the number of steps in a turn, after which caches are warm again. Collective over the hierarchy."""
     for _ in range(2):
         seconds = trainer.step().seconds
     return broadcast_object(comms.world, max(1, min(20, round(TURN_SECONDS / seconds))), comms.waiter)
@@ -150,7 +153,13 @@ def step_flops(config: Config) -> float:
 
 
 def _sgemm(rows: int, width: int, flops: float) -> Steps:
-    """Do a rank's operations of a step as one large product: what the machine's BLAS reaches at these widths."""
+    """Do a rank's operations of a step as one large product, to show the rate of the machine's BLAS at these widths.
+
+    Args:
+        rows: The number of rows of the left factor.
+        width: The number of its columns.
+        flops: The floating-point operations of a step.
+    """
     a = np.ones((rows, width), np.float32)
     b, out = np.ones((width, 4 * width), np.float32), np.empty((rows, 4 * width), np.float32)
     repeats = max(1, round(flops / (2.0 * rows * width * 4 * width)))
@@ -176,7 +185,15 @@ def _fma_peak(threads: int, flops: float) -> Steps:
 
 
 def _add_peers(methods: dict[str, Steps], config: Config, comms: Communicators) -> list[str]:
-    """Add what PyTorch can do here to ``methods``; tell what was tried. Collective over the world."""
+    """Add the forms of PyTorch that work to ``methods``, and return notes on those that were tried.
+
+    The call is collective over the world.
+
+    Args:
+        methods: The methods by name, which grow.
+        config: The configuration of shapes and batch.
+        comms: The hierarchy.
+    """
     try:
         from hiermpi.benchmarks.torch_peer import torch_methods
     except ImportError:

@@ -1,4 +1,4 @@
-"""PyTorch's best forms of the same training step, the peer of ``bench step``."""
+"""The module provides PyTorch's best forms of the same training step, which are the peer of ``bench step``."""
 
 import math
 import os
@@ -18,7 +18,7 @@ from hiermpi.config.schema import Config, ModelConfig
 
 
 class Block(nn.Module):
-    """A pre-norm block on ``scaled_dot_product_attention``."""
+    """A pre-norm block with ``scaled_dot_product_attention``."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ class Block(nn.Module):
 
 
 class Peer(nn.Module):
-    """The same GPT, returning its loss."""
+    """A GPT of the same shape, which returns its loss."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -62,7 +62,7 @@ class Peer(nn.Module):
 
 
 def torch_methods(config: Config, comms: Communicators) -> tuple[dict[str, Callable[[int], None]], list[str]]:
-    """The forms that work here, and a line on each that was tried. Collective over the world."""
+    """Return the forms that work, and a note on each that was tried. Collective over the world."""
     methods: dict[str, Callable[[int], None]] = {}
     notes = [f"PyTorch {torch.__version__}"]
     bound = gather_objects(comms.node, os.sched_getaffinity(0), comms.waiter)
@@ -89,7 +89,7 @@ def torch_methods(config: Config, comms: Communicators) -> tuple[dict[str, Calla
         )
         try:
             call(1)
-        except Exception as error:  # noqa: BLE001  (a compiler may be missing; then this form is not a peer)
+        except Exception as error:  # noqa: BLE001  (a compiler may be missing; then this form is not measured)
             notes.append(f"{name}: not measured ({type(error).__name__})")
             call = nothing
         else:
@@ -104,7 +104,15 @@ def torch_methods(config: Config, comms: Communicators) -> tuple[dict[str, Calla
 def stepping(
     model: nn.Module, config: Config, sequences: int, cores: set[int], threads: int
 ) -> Callable[[int], None]:
-    """Does training steps of ``sequences`` sequences with a fused AdamW, on these cores."""
+    """Return a function that does training steps with a fused AdamW.
+
+    Args:
+        model: The model, which returns its loss.
+        config: The configuration of the optimizer and the shapes.
+        sequences: The number of sequences of a step.
+        cores: The cores to use.
+        threads: The number of threads of PyTorch.
+    """
     settings = config.optimizer
     optimizer = torch.optim.AdamW(
         model.parameters(),
@@ -129,7 +137,7 @@ def stepping(
 
 @contextmanager
 def using(cores: set[int], threads: int) -> Iterator[None]:
-    """Let PyTorch use these cores, and so many threads, for a while; threads that it starts keep the cores."""
+    """Let PyTorch use these cores and this number of threads in the body; threads that it starts keep the cores."""
     before = os.sched_getaffinity(0)
     os.sched_setaffinity(0, cores)
     torch.set_num_threads(threads)
@@ -141,16 +149,16 @@ def using(cores: set[int], threads: int) -> Iterator[None]:
 
 
 def compile_module(model: nn.Module) -> nn.Module:
-    """``model`` through ``torch.compile``."""
+    """Compile ``model`` with ``torch.compile``."""
     return cast(nn.Module, torch.compile(model))
 
 
 def free_port() -> int:
-    """A TCP port that nobody uses at this moment."""
+    """Return a TCP port that no process uses at this moment."""
     with socket.socket() as listener:
         listener.bind(("", 0))
         return listener.getsockname()[1]
 
 
 def nothing(count: int) -> None:
-    """What a rank does in the turn of a form that runs elsewhere, or not at all."""
+    """Do nothing, in the turn of a form that runs on another rank or not at all."""

@@ -1,4 +1,4 @@
-"""The commands of the command line: what each says in ``--help``, and what it runs.
+"""The package holds the commands of the command line, with their ``--help`` texts and the functions that they run.
 
 Each command is a :class:`Command` in a module here and one line in :data:`hiermpi.config.registry.COMMANDS`. Imports
 at the top of these modules stay light: ``--help`` imports all of them, on login nodes that forbid MPI_Init.
@@ -16,26 +16,26 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Command:
-    """A command: at least one of ``run`` and ``run_together``.
+    """A command, which has at least one of ``run`` and ``run_together``.
 
     A command with both runs on all ranks where a launcher started several, and alone elsewhere. Both return the exit
     code.
     """
 
     summary: str
-    """One line of ``hiermpi --help``."""
+    """The line of the command in ``hiermpi --help``."""
     example: str
-    """What ``hiermpi COMMAND --help`` shows below it."""
+    """The text that ``hiermpi COMMAND --help`` shows below the summary."""
     configure: Callable[[argparse.ArgumentParser], None]
-    """Adds the command's flags."""
+    """The function that adds the command's flags to its parser."""
     run: Callable[[argparse.Namespace], int] | None = None
-    """Runs in this process, without MPI."""
+    """The function that runs the command in this process, without MPI; None where it needs all ranks."""
     run_together: "Callable[[argparse.Namespace, MPI.Comm], int] | None" = None
-    """Runs on all ranks; collective."""
+    """The function that runs the command on all ranks, as a collective call; None where one process does it."""
 
 
 def add_family_argument(parser: argparse.ArgumentParser) -> None:
-    """Add the flag by which a user says that code of his own may be imported for a checkpoint."""
+    """Add the flag that lets a checkpoint's model be made by code of the user's own."""
     parser.add_argument(
         "--model.family",
         dest="model.family",
@@ -46,5 +46,5 @@ def add_family_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def given_family(arguments: argparse.Namespace) -> str | None:
-    """Return the family that the user gave with the flag or in the environment; None where there is none."""
+    """Return the family that the user gave with the flag or in the environment, or None where there is none."""
     return getattr(arguments, "model.family") or os.environ.get("HIERMPI_MODEL__FAMILY") or None

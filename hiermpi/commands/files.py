@@ -1,4 +1,4 @@
-"""The commands that make and look at files: prepare, inspect, verify, report, export, import."""
+"""The module holds the commands that make and read files: prepare, inspect, verify, report, export, import."""
 
 import argparse
 import json
@@ -51,7 +51,7 @@ def configure_prepare(parser: argparse.ArgumentParser) -> None:
 
 
 def run_prepare(arguments: argparse.Namespace) -> int:
-    """Prepare the dataset and tell what is in it."""
+    """Prepare the dataset and print a summary of it."""
     from hiermpi.preparation.preparing import Encoder, prepare_with
 
     print(describe_prepared(prepare_with(preparation(arguments), Encoder())))
@@ -59,7 +59,7 @@ def run_prepare(arguments: argparse.Namespace) -> int:
 
 
 def prepare_together(arguments: argparse.Namespace, world: "MPI.Comm") -> int:
-    """Prepare on rank 0, which has all ranks encode. Collective over ``world``."""
+    """Prepare on rank 0, while all ranks encode. Collective over ``world``."""
     from hiermpi.communication.agreement import agreed
     from hiermpi.communication.waiting import Waiter
     from hiermpi.preparation.preparing import TeamEncoder, prepare_with
@@ -77,7 +77,7 @@ def prepare_together(arguments: argparse.Namespace, world: "MPI.Comm") -> int:
 
 
 def preparation(arguments: argparse.Namespace) -> "Preparation":
-    """Return what the command line asks for."""
+    """Return the preparation that the command line asks for."""
     from hiermpi.preparation.preparing import Preparation
 
     return Preparation(
@@ -95,7 +95,7 @@ def preparation(arguments: argparse.Namespace) -> "Preparation":
 
 
 def describe_prepared(made: "Prepared") -> str:
-    """Tell what was made, and what to type next."""
+    """Describe the dataset that was made, and the command that may follow."""
     n_bytes, n_tokens = sum(made.bytes.values()), sum(made.tokens.values())
     rate = f", {n_bytes / n_tokens:.2f} bytes per token" if made.tokenizer != "bytes" else ""
     return "\n".join(
@@ -152,12 +152,12 @@ def configure_verify(parser: argparse.ArgumentParser) -> None:
 
 
 def run_verify(arguments: argparse.Namespace) -> int:
-    """Verify each file, and name the damaged ones; or compare."""
+    """Verify each file and name the damaged ones, or compare the files where the command line asks for it."""
     return compare(arguments.files) if arguments.digest else verify_all(arguments.files)
 
 
 def verify_all(paths: list[Path]) -> int:
-    """Print the state of each file; 1 if any is damaged."""
+    """Print the state of each file, and return 1 if any is damaged and 0 otherwise."""
     from hiermpi.errors import UserError
     from hiermpi.storage.checkpoint import load_checkpoint
     from hiermpi.storage.container import verify
@@ -179,7 +179,7 @@ def verify_all(paths: list[Path]) -> int:
 
 
 def files_of(paths: list[Path]) -> list[Path]:
-    """The files, and the checkpoints of run folders. Raises UserError."""
+    """Return the files themselves, and the checkpoints of run folders. Raises UserError."""
     from hiermpi.errors import UserError
     from hiermpi.storage.run_folder import RunFolder
 
@@ -193,7 +193,7 @@ def files_of(paths: list[Path]) -> list[Path]:
 
 
 def compare(paths: list[Path]) -> int:
-    """Print the digest of each one's parameters; 1 if they differ."""
+    """Print the digest of each checkpoint's parameters, and return 1 if they differ and 0 otherwise."""
     from hiermpi.storage.checkpoint import parameters_digest
     from hiermpi.training.opening import open_checkpoint
 
@@ -277,7 +277,7 @@ def configure_export(parser: argparse.ArgumentParser) -> None:
 
 
 def run_export(arguments: argparse.Namespace) -> int:
-    """Export, and tell what was written."""
+    """Export the model and print what was written."""
     from hiermpi.interchange.exchange import export
     from hiermpi.model.contract import family_of
     from hiermpi.storage.checkpoint import model_config
@@ -317,7 +317,7 @@ def configure_import(parser: argparse.ArgumentParser) -> None:
 
 
 def run_import(arguments: argparse.Namespace) -> int:
-    """Import, and tell what was made."""
+    """Import the model and print what was made."""
     from hiermpi.data.tokenizers import tokenizer_from_json
     from hiermpi.files import require_new
     from hiermpi.interchange.exchange import read_model

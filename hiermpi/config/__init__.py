@@ -1,1 +1,1 @@
-"""Configuration: the schema (pure dataclasses) and its loading from command line, environment and file."""
+"""The package holds the configuration: the schema, and its loading from command line, environment and file."""

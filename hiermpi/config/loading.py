@@ -1,4 +1,4 @@
-"""Read the configuration: command line beats environment beats file beats default.
+"""The configuration is read here: command line beats environment beats file beats default.
 
 Only rank 0 does this; the result is broadcast, so other ranks never import pydantic.
 """
@@ -20,7 +20,7 @@ from hiermpi.errors import UsageError
 
 ENVIRONMENT_PREFIX = "HIERMPI_"
 RESERVED_VARIABLES = frozenset({"HIERMPI_FAULT", "HIERMPI_KERNELS"})
-"""Variables of hiermpi that are not settings (for tests)."""
+"""The variables of hiermpi that are not settings; tests use them."""
 MAX_FILE_BYTES = 1 << 20
 PRESETS = Path(__file__).parent / "presets"
 
@@ -64,22 +64,22 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def presets() -> dict[str, Path]:
-    """The configurations shipped with the package, by name."""
+    """Return the paths of the configurations shipped with the package, by name."""
     return {path.stem: path for path in sorted(PRESETS.glob("*.toml"))}
 
 
 def load_config(arguments: argparse.Namespace, environment: Mapping[str, str]) -> Config:
-    """The resolved configuration.
+    """Return the resolved configuration.
 
     Args:
-        arguments: parsed by a parser made with :func:`add_config_arguments`.
-        environment: usually ``os.environ``.
+        arguments: The arguments parsed by a parser made with :func:`add_config_arguments`.
+        environment: The environment variables, usually ``os.environ``.
 
     Raises:
-        UsageError: an unknown key, a value of the wrong type or out of range, an unreadable file.
+        UsageError: A key is unknown, a value has the wrong type or is out of range, or a file cannot be read.
     """
     known = flatten(Config())
-    settings: dict[str, tuple[Any, str]] = {}  # name -> (value, where it was said)
+    settings: dict[str, tuple[Any, str]] = {}  # {name: (value, its origin)}
     file = getattr(arguments, "config", None)
     if file is not None:
         settings.update(_from_file(file, known))
@@ -91,7 +91,7 @@ def load_config(arguments: argparse.Namespace, environment: Mapping[str, str]) -
 
 
 def config_from_flat(values: Mapping[str, Any], origin: str) -> Config:
-    """The configuration of ``{"section.field": value}``, validated; missing settings take their defaults."""
+    """Make the validated configuration of ``{"section.field": value}``; missing settings take their defaults."""
     known = flatten(Config())
     for name in values:
         _require_known(name, known, origin)
@@ -99,7 +99,7 @@ def config_from_flat(values: Mapping[str, Any], origin: str) -> Config:
 
 
 def config_to_toml(config: Config) -> str:
-    """The configuration as a TOML text that :func:`load_config` reads back to the same values."""
+    """Return the configuration as a TOML text that :func:`load_config` reads back to the same values."""
     nested: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}
     for name, value in flatten(config).items():
         section, _, key = name.partition(".")
@@ -155,7 +155,7 @@ def _from_environment(environment: Mapping[str, str], known: Mapping[str, Any]) 
         if name not in known:
             variables = [ENVIRONMENT_PREFIX + entry.replace(".", "__").upper() for entry in known]
             meant = "__" in variable or difflib.get_close_matches(variable, variables, n=1, cutoff=0.9)
-            if not meant:  # HIERMPI_ROOT and the like, as module systems set them
+            if not meant:  # a variable such as HIERMPI_ROOT, which module systems set
                 continue
             raise UsageError(f"unknown environment variable {variable}{_nearest(variable, variables)}")
         settings[name] = (environment[variable], variable)
@@ -168,7 +168,7 @@ def _require_known(name: str, known: Mapping[str, Any], origin: str) -> None:
 
 
 def unknown_flag_message(flag: str) -> str:
-    """What to say of a flag that no command knows."""
+    """Return the message about a flag that no command knows."""
     name = flag.split("=", maxsplit=1)[0]
     return f"unknown option {name}{_nearest(name, ['--' + entry for entry in flatten(Config())])}"
 
@@ -215,7 +215,7 @@ def _convert(hint: Any, value: Any, origin: str) -> Any:
 
 
 def _table(value: Any, origin: str) -> dict[str, Any]:
-    """A table of plain values: as TOML gives it, or an inline table such as ``{hidden = 64}`` as a text."""
+    """Return a table of plain values from a TOML table, or from the text of an inline one such as ``{hidden = 64}``."""
     if isinstance(value, str):
         try:
             value = tomllib.loads(f"table = {value}")["table"]

@@ -1,8 +1,8 @@
-"""The names of everything that can be chosen, and the door for what comes from outside the package.
+"""The registries name everything that can be chosen, and import what comes from outside the package.
 
 A setting such as ``optimizer.rule`` takes one of the names registered here, or ``package.module:object`` for code
-of the user's own. One more rule, reduction, format or command of hiermpi's is one file and one line here. Nothing is
-imported before it is used, so that this module stands on the ground and knows nobody.
+of the user's own. One more rule, reduction, format or command of hiermpi's is one file and one line here. Every object
+is imported when it is used, so that this module depends on no other package of hiermpi.
 
 Objects from outside are imported only for a text that the user wrote: on the command line, in the environment, in the
 TOML file, or in a call of the Python API. A name that stands in a checkpoint or dataset is compared with these, and
@@ -20,15 +20,15 @@ from typing import Any
 from hiermpi.errors import UsageError
 
 OUTSIDE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
-"""``package.module:object``."""
+"""The form of the path of an object, ``package.module:object``."""
 
 
 class Registry(Mapping[str, Any]):
-    """Objects by name, each imported when it is asked for.
+    """A mapping of names to objects, each of which is imported when it is requested.
 
     Args:
-        setting: what the user calls the choice, such as ``optimizer.rule``; for messages.
-        places: the place of each object, ``package.module:object``, by its name.
+        setting: The name of the choice for the user, such as ``optimizer.rule``; it stands in messages.
+        places: The path of each object, ``package.module:object``, by its name.
     """
 
     def __init__(self, setting: str, places: Mapping[str, str]) -> None:
@@ -46,7 +46,7 @@ class Registry(Mapping[str, Any]):
         return len(self._places)
 
     def add(self, name: str, place: str) -> None:
-        """Register an object of one's own, for this process, under ``name``."""
+        """Register an object of the user's own under ``name``, for this process."""
         self._places[name] = place
         self._own.discard(name)
 
@@ -76,7 +76,7 @@ class Registry(Mapping[str, Any]):
         return f"{self.setting} = {self.outside(choice) or choice}"
 
     def check(self, text: str) -> None:
-        """Refuse a text that is neither a registered name nor the place of an object. Raises UsageError."""
+        """Refuse a text that is neither a registered name nor the path of an object. Raises UsageError."""
         if text not in self._places and not OUTSIDE.fullmatch(text):
             near = difflib.get_close_matches(text, self._places, n=1)
             hint = f'; did you mean "{near[0]}"?' if near else ""
@@ -89,27 +89,27 @@ class Registry(Mapping[str, Any]):
         """Import the object that ``text`` names: a registered name, or ``package.module:object``.
 
         Raises:
-            UsageError: an unknown name, or an object that cannot be imported.
+            UsageError: The name is unknown, or the object cannot be imported.
         """
         self.check(text)
         return import_object(self._places.get(text, text), self.setting)
 
 
 def is_outside(text: str) -> bool:
-    """Tell whether ``text`` names an object outside the registries, ``package.module:object``."""
+    """Return whether ``text`` names an object outside the registries, ``package.module:object``."""
     return bool(OUTSIDE.fullmatch(text))
 
 
 def import_object(place: str, setting: str) -> Any:
-    """Import ``package.module:object``, the working directory being searched last.
+    """Import ``package.module:object``; the working directory is searched last.
 
     Raises:
-        UsageError: the module cannot be imported, or does not have the object.
+        UsageError: The module cannot be imported, or does not have the object.
     """
     module_name, _, path = place.partition(":")
     folder = os.getcwd()
     if folder not in sys.path:
-        sys.path.append(folder)  # last: a random.py of the user's must not take the place of Python's
+        sys.path.append(folder)  # it comes last: a random.py of the user's must not replace Python's
     try:
         found: Any = importlib.import_module(module_name)
     except Exception as error:
@@ -148,9 +148,9 @@ REDUCTIONS = Registry(
         "flat": "hiermpi.communication.tree_reduction:FlatReduction",
     },
 )
-"""In the order in which ``auto`` prefers them where they are about as fast, so that noise seldom decides."""
+"""The reductions in the order in which ``auto`` prefers them at about equal speed, so that noise seldom decides."""
 SHARING_REDUCTIONS = frozenset({"shared"})
-"""Those in whose memory the ranks of a node see each other's gradients: for ``plan``, which loads no MPI."""
+"""The reductions in whose memory the ranks of a node read each other's gradients; ``plan`` needs this without MPI."""
 READERS = Registry("--reader", {"text": "hiermpi.data.text:READER"})
 FORMATS = Registry(
     "--format",
@@ -178,4 +178,4 @@ COMMANDS = Registry(
         "info": "hiermpi.commands.machine:INFO",
     },
 )
-"""In the order of a user's first day."""
+"""The commands in the order in which a new user needs them."""

@@ -1,4 +1,4 @@
-"""Every setting of hiermpi: one frozen dataclass per section, one documented field per setting.
+"""The schema holds every setting of hiermpi: one frozen dataclass per section, one documented field per setting.
 
 Types and ranges stand in the annotations and are checked by :mod:`hiermpi.config.loading`; what spans several
 fields is checked in ``__post_init__``. The names are a contract: a field is a TOML key, a flag
@@ -23,16 +23,16 @@ Fraction = Annotated[float, Ge(0), Lt(1)]
 
 
 def option(default: Any, text: str) -> Any:
-    """A field with its default and its line of ``--help``."""
+    """Make a field with its default and its line of ``--help``."""
     if isinstance(default, dict):
         return field(default_factory=dict, metadata={"help": text})
     return field(default=default, metadata={"help": text})
 
 
 def duration_seconds(text: str) -> float:
-    """Seconds in ``text``: plain seconds, ``MM:SS``, ``HH:MM:SS`` or ``D-HH:MM:SS`` as SLURM writes them.
+    """Return the seconds in ``text``: plain seconds, ``MM:SS``, ``HH:MM:SS`` or ``D-HH:MM:SS`` as SLURM writes them.
 
-    An empty text is no limit (infinity). Raises ValueError for anything else.
+    An empty text means no limit (infinity). Raises ValueError for anything else.
     """
     if not text:
         return float("inf")
@@ -43,13 +43,13 @@ def duration_seconds(text: str) -> float:
     seconds = 0.0
     for part in clock.split(":"):
         seconds = 60 * seconds + float(part)
-    if days and clock.count(":") < 2:  # SLURM: D-HH and D-HH:MM
+    if days and clock.count(":") < 2:  # SLURM also writes D-HH and D-HH:MM
         seconds *= 60 ** (2 - clock.count(":"))
     return seconds + 86400 * int(days or 0)
 
 
 def require_known(registry: Registry, text: str) -> None:
-    """Refuse a text that names nothing in ``registry`` and nothing outside. Raises ValueError."""
+    """Refuse a text that names nothing in ``registry`` and is not the path of an object. Raises ValueError."""
     try:
         registry.check(text)
     except UsageError as error:
@@ -57,7 +57,7 @@ def require_known(registry: Registry, text: str) -> None:
 
 
 def listed(text: str) -> tuple[str, ...]:
-    """The entries of a comma-separated list, blanks taken off."""
+    """Return the entries of a comma-separated list without surrounding blanks."""
     return tuple(entry.strip() for entry in text.split(",") if entry.strip())
 
 
@@ -82,7 +82,7 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """How long, on how much, and how often something is told."""
+    """The length and the batches of the training, and the intervals of its reports."""
 
     steps: CountOrZero = option(2000, "optimizer steps of the whole run")
     batch_size: PositiveInt = option(48, "sequences per step, all ranks together")
@@ -124,7 +124,7 @@ class OptimizerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class HierarchyConfig:
-    """Who computes what, and how gradients are summed."""
+    """The distribution of work over the ranks, and the summing of gradients."""
 
     coordinators: Literal["compute", "dedicated"] = option(
         "compute", "compute: every rank computes; dedicated: only ranks with nobody below them"
@@ -152,14 +152,14 @@ class HierarchyConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LatticeConfig:
-    """Coupling of each token's embedding to its twelve neighbours."""
+    """The coupling of each token's embedding to its twelve neighbours."""
 
     coupling: FloatOrZero = option(0.0, "strength of the coupling; 0 is none")
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """When the run is saved, and what is kept."""
+    """The times at which the run is saved, and the checkpoints that are kept."""
 
     interval: CountOrZero = option(500, "steps between two checkpoints; 0 saves by time and at the end only")
     minutes: FloatOrZero = option(15.0, "minutes between two checkpoints; 0 saves by steps and at the end only")
@@ -203,10 +203,10 @@ class Config:
 
     @classmethod
     def of(cls, settings: Mapping[str, Any]) -> "Config":
-        """Make the configuration of ``{"section.field": value}``; what is not named has its default.
+        """Make the configuration of ``{"section.field": value}``; missing settings take their defaults.
 
         Raises:
-            UsageError: An unknown setting, or a value of the wrong type or out of range.
+            UsageError: A setting is unknown, or a value has the wrong type or is out of range.
         """
         from hiermpi.config.loading import config_from_flat
 
@@ -217,7 +217,7 @@ SECTIONS: dict[str, type] = {section.name: section.type for section in fields(Co
 
 
 def flatten(config: Config) -> dict[str, Any]:
-    """``{"section.field": value}`` of every setting, in the order of the schema."""
+    """Return ``{"section.field": value}`` of every setting, in the order of the schema."""
     return {
         f"{section}.{entry.name}": getattr(getattr(config, section), entry.name)
         for section, kind in SECTIONS.items()

@@ -1,1 +1,1 @@
-"""Models to and from other programs: what ``hiermpi export`` and ``hiermpi import`` do."""
+"""The package converts models to and from other programs, as ``hiermpi export`` and ``hiermpi import`` do."""

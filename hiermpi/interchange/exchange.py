@@ -1,7 +1,7 @@
-"""Models to and from other programs: what ``hiermpi export`` and ``hiermpi import`` do, whatever the format.
+"""Models are exported to and imported from other programs here, whatever the format.
 
-A format is one object with the methods of :class:`Format` and one line in the registry of formats. What goes in and
-out is a checkpoint: a model's settings, its tensors by our names in token order, and its tokenizer.
+A format is one object with the methods of :class:`Format` and one line in the registry of formats. It writes and
+reads a checkpoint: a model's settings, its tensors by hiermpi's names in token order, and its tokenizer.
 """
 
 import dataclasses
@@ -21,26 +21,26 @@ from hiermpi.model.contract import Family, family_of, specs_of
 from hiermpi.storage.checkpoint import Checkpoint, model_config
 
 SHAPE = ("vocab_size", "context_length", "n_layer", "n_head", "n_embd", "symmetry_order", "tie_embeddings")
-"""Settings of a model that an imported checkpoint names, beside those that are not at their default."""
+"""The settings of a model that an imported checkpoint always names; it names others where they are not the default."""
 
 
 class Format(Protocol):
     """A way to write a model, and perhaps to read it."""
 
     suffix: str
-    """The ending of a file that holds all of it; empty where it is always a folder."""
+    """The ending of a file that holds the whole model; it is empty where the model is always a folder."""
     file_names: tuple[str, ...]
-    """What a folder of this format may hold."""
+    """The names of the files that a folder of this format may hold."""
 
     def write(self, folder: Path, checkpoint: Checkpoint) -> None:
-        """Write the model into an empty folder; with a suffix, one file called ``model`` and the suffix.
+        """Write the model into an empty folder; with a suffix, the file is called ``model`` and the suffix.
 
         Raises:
             UserError: The format cannot hold this model.
         """
 
     def accepts(self, source: Path) -> bool:
-        """Tell whether there is a model of this format in a folder or file."""
+        """Return whether a folder or file holds a model of this format."""
 
     def read(self, source: Path) -> Checkpoint:
         """Read the model in a folder or file. Raises UserError."""
@@ -81,10 +81,10 @@ def export(checkpoint: Checkpoint, out: Path, kind: Any, force: bool, family: Fa
         family: The family of the model; by default the registered one that the checkpoint names.
 
     Returns:
-        What was written.
+        The path of the file or folder that was written.
 
     Raises:
-        UserError: The model or the place is not fit for it.
+        UserError: The model or the path cannot be used.
     """
     form = load_format(kind)
     outside = FORMATS.described(kind) if FORMATS.outside(kind) else ""
@@ -157,12 +157,12 @@ def format_of(source: Path) -> str:
 
 
 def imported(shape: ModelConfig, tensors: dict[str, NDArray[np.float32]], tokenizer: Tokenizer) -> Checkpoint:
-    """Make a checkpoint at step 0, of no dataset: ``train --resume`` takes it for any.
+    """Make a checkpoint at step 0 that belongs to no dataset; ``train --resume`` accepts it for any.
 
     Args:
         shape: The model's settings.
-        tensors: Its tensors by our names, in token order.
-        tokenizer: Its tokenizer.
+        tensors: The model's tensors by hiermpi's names, in token order.
+        tokenizer: The model's tokenizer.
     """
     default = ModelConfig()
     names = [name for name in vars(shape) if name in SHAPE or getattr(shape, name) != getattr(default, name)]

@@ -1,6 +1,6 @@
-"""A folder that ``transformers`` opens as GPT-2: config.json, model.safetensors, tokenizer.json.
+"""The format of a folder that ``transformers`` opens as GPT-2: config.json, model.safetensors, tokenizer.json.
 
-Our tensors have GPT-2's names and orientation (x @ W) already; only a prefix differs.
+The tensors of hiermpi have GPT-2's names and orientation (x @ W) already; only a prefix differs.
 """
 
 import json
@@ -29,13 +29,13 @@ CONFIG_FILE = "config.json"
 FAMILY = "gpt2"
 PREFIX = "transformer."
 NOT_PARAMETERS = (".attn.bias", ".attn.masked_bias")
-"""Buffers that old versions of transformers saved beside the parameters."""
+"""The endings of buffers that old versions of transformers saved beside the parameters."""
 GELUS = ("gelu_new", "gelu_pytorch_tanh")
 LARGEST_JSON = 1 << 26
 
 
 class HuggingFace:
-    """A folder of ``transformers``."""
+    """The format of a folder of ``transformers``."""
 
     suffix = ""
     file_names = ("config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors")
@@ -54,7 +54,7 @@ FORMAT = HuggingFace()
 
 
 def write_huggingface(folder: Path, checkpoint: Checkpoint) -> None:
-    """Fill ``folder``. Raises UserError for a family whose layout transformers does not have."""
+    """Write the model into ``folder``. Raises UserError for a family whose layout transformers does not have."""
     config = model_config(checkpoint)
     if config.family != FAMILY:
         raise UserError(f"the model's family is {config.family}, and --format hf has only {FAMILY}: use safetensors")
@@ -113,7 +113,7 @@ def read_huggingface(folder: Path) -> Checkpoint:
 
 
 def read_config(path: Path) -> ModelConfig:
-    """The model's shape. Raises UserError where it is not a GPT-2 of the usual kind, naming the field."""
+    """Return the model's shape. Raises UserError, which names the field, where it is not a GPT-2 of the usual kind."""
     described = read_json(path)
     required = {
         "model_type": ("gpt2",),
@@ -146,7 +146,7 @@ def read_config(path: Path) -> ModelConfig:
 
 
 def read_shards(folder: Path) -> dict[str, NDArray]:
-    """All tensors of the folder's safetensors file, or of several with an index. Raises UserError."""
+    """Read all tensors from the folder's safetensors file, or from several with an index. Raises UserError."""
     index = folder / "model.safetensors.index.json"
     if not index.exists():
         path = folder / "model.safetensors"
@@ -166,7 +166,7 @@ def read_shards(folder: Path) -> dict[str, NDArray]:
 
 
 def read_tokenizer(folder: Path, vocab_size: int) -> Tokenizer:
-    """The tokenizer of the folder, where it is one that hiermpi has. Raises UserError."""
+    """Read the tokenizer of the folder, where it is one that hiermpi has. Raises UserError."""
     described: dict[str, Any] = {}
     if (folder / "tokenizer.json").exists():
         described = read_json(folder / "tokenizer.json")
@@ -181,7 +181,7 @@ def read_tokenizer(folder: Path, vocab_size: int) -> Tokenizer:
 
 
 def tokenizer_to_json(tokenizer: Tokenizer) -> dict[str, Any] | None:
-    """The content of tokenizer.json; None where there is no tokenizer."""
+    """Return the content of tokenizer.json, or None where there is no tokenizer."""
     byte_level: dict[str, Any] | None = {
         "type": "ByteLevel",
         "add_prefix_space": False,
@@ -223,7 +223,7 @@ def tokenizer_to_json(tokenizer: Tokenizer) -> dict[str, Any] | None:
 
 
 def tokenizer_from_parts(described: dict[str, Any]) -> Tokenizer | None:
-    """The tokenizer that a tokenizer.json describes; None where hiermpi has none like it."""
+    """Return the tokenizer that a tokenizer.json describes, or None where hiermpi has none like it."""
     try:
         model, before = described["model"], described.get("pre_tokenizer") or {}
         ids = {**model["vocab"], **{token["content"]: token["id"] for token in described.get("added_tokens") or ()}}
@@ -248,7 +248,7 @@ def tokenizer_from_parts(described: dict[str, Any]) -> Tokenizer | None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises UserError."""
+    """Read a JSON object from a file. Raises UserError."""
     try:
         if path.stat().st_size > LARGEST_JSON:
             raise UserError(f"{path} is larger than {LARGEST_JSON >> 20} MiB: this is not a description of a model")
@@ -263,5 +263,5 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a JSON object."""
+    """Write a JSON object to a file."""
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""One file with the tensors by our names, the model's settings and its tokenizer: safetensors, or numpy's npz."""
+"""The formats of one file with tensors by hiermpi's names, settings and tokenizer: safetensors and numpy's npz."""
 
 import dataclasses
 import json
@@ -18,11 +18,11 @@ from hiermpi.interchange.exchange import fitted, imported
 from hiermpi.storage.checkpoint import Checkpoint, model_config
 
 MODEL, TOKENIZER = "hiermpi.model", "hiermpi.tokenizer"
-"""Names of the two descriptions beside the tensors."""
+"""The keys of the two descriptions beside the tensors."""
 
 
 class Safetensors:
-    """Tensors in a safetensors file (extra ``export``), the descriptions in its metadata."""
+    """The format of tensors in a safetensors file (extra ``export``), with the descriptions in its metadata."""
 
     suffix = ".safetensors"
     file_names = ("model.safetensors",)
@@ -40,7 +40,7 @@ class Safetensors:
 
 
 class Npz:
-    """Arrays in numpy's npz, the descriptions as texts beside them."""
+    """The format of arrays in numpy's npz, with the descriptions as texts beside them."""
 
     suffix = ".npz"
     file_names = ("model.npz",)
@@ -69,12 +69,21 @@ SAFETENSORS, NPZ = Safetensors(), Npz()
 
 
 def descriptions(checkpoint: Checkpoint) -> dict[str, str]:
-    """Return what stands beside the tensors."""
+    """Return the model's settings and its tokenizer as texts, by their keys."""
     return {MODEL: json.dumps(dataclasses.asdict(model_config(checkpoint))), TOKENIZER: checkpoint.tokenizer}
 
 
 def assembled(tensors: dict[str, np.ndarray], texts: dict[str, str], path: Path) -> Checkpoint:
-    """Make the checkpoint of these parts. Raises UserError."""
+    """Make the checkpoint from the parts of a file.
+
+    Args:
+        tensors: The tensors by hiermpi's names.
+        texts: The descriptions beside them.
+        path: The path of the file, for messages.
+
+    Raises:
+        UserError: The parts are not a model of hiermpi.
+    """
     if MODEL not in texts or TOKENIZER not in texts:
         raise UserError(f"{path} does not say what model it holds: name a file made by hiermpi export")
     try:
@@ -97,13 +106,13 @@ def load_library() -> Any:
 
 
 def save_tensors(path: Path, tensors: Mapping[str, NDArray], metadata: Mapping[str, str]) -> None:
-    """Write ``tensors``. Raises UserError, OSError."""
+    """Write ``tensors`` and ``metadata`` to a safetensors file. Raises UserError, OSError."""
     library = load_library()
     path.write_bytes(library.numpy.save({n: np.ascontiguousarray(t) for n, t in tensors.items()}, dict(metadata)))
 
 
 def load_tensors(path: Path) -> tuple[dict[str, NDArray], dict[str, str]]:
-    """Return the tensors and the metadata of a file. Raises UserError."""
+    """Return the tensors and the metadata of a safetensors file. Raises UserError."""
     library = load_library()
     if not path.is_file():
         raise UserError(f"{path} does not exist: name a folder or a file with a model in safetensors or npz")

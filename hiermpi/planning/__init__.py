@@ -1,1 +1,1 @@
-"""What a topology and a configuration amount to, before a job is submitted. Arithmetic only."""
+"""The package computes what a topology and a configuration amount to, before a job is submitted."""

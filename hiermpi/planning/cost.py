@@ -1,8 +1,8 @@
-"""What a step will take, from what ``hiermpi bench reduce`` measured of a machine.
+"""The time of a step is predicted from what ``hiermpi bench reduce`` measured of a machine.
 
-A step is computing, summing, optimizing and what the ranks spend on each other. Where a node has a core for each of
-its ranks, the slowest rank counts; where ranks share cores, all their work, divided by the cores. Messages between
-nodes are taken to cost what they cost inside the node that was measured: on a slower network sums take longer.
+A step consists of computing, summing, optimizing and the overhead between ranks. Where a node has a core for each of
+its ranks, the slowest rank decides; where ranks share cores, the sum of their work divided by the cores does. Messages
+between nodes are assumed to cost what they cost inside the measured node: on a slower network sums take longer.
 """
 
 import dataclasses
@@ -26,57 +26,57 @@ from hiermpi.optimizer.sums import sequences_at_once, summed_type
 from hiermpi.planning.plan import owned_elements, planned_ownership, shares_memory
 
 MOST_SEQUENCES = 4096
-"""Per leaf, up to which thresholds are looked for."""
+"""The number of sequences per leaf up to which thresholds are searched."""
 UTILISATION = 0.95
 ROOT_TO_WORKER = 40.0
 
 
 class Line(NamedTuple):
-    """Seconds of a sum and a broadcast: ``latency + bytes / rate``."""
+    """The seconds of a sum and a broadcast as a line: ``latency + bytes / rate``."""
 
     latency: float
     rate: float
-    """Bytes that cross between ranks, up and down, a second."""
+    """The rate, in bytes per second, of what crosses between ranks, up and down."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-    """What was measured of one node."""
+    """The figures that were measured on one node."""
 
     host: str
     date: str
     cores: int
-    """Usable ones of a node."""
+    """The number of usable cores of a node."""
     ranks: int
-    """With which it was measured."""
+    """The number of ranks of the measurement."""
     token_flops: float
-    """Of a token of the model that was measured, as the model's family counts them; 0 where it does not."""
+    """The floating-point operations per token of the measured model, as its family counts them; 0 where it does not."""
     token_seconds: float
-    """Of computing a token of it on one core, all cores being busy."""
+    """The seconds in which one core computes a token of that model, while all cores are busy."""
     call_seconds: float
-    """Of a micro-batch besides its tokens."""
+    """The seconds that a micro-batch takes besides its tokens."""
     sum_rate: float
-    """Bytes a second that the node's cores together read and write in summing gradients in memory."""
+    """The rate, in bytes per second, at which a node's cores together read and write to sum gradients in memory."""
     optimize_seconds: float
-    """Of norm and AdamW per parameter on one core."""
+    """The seconds of norm and AdamW per parameter on one core."""
     batch_seconds: float
-    """Of the root's preparing a sequence."""
+    """The seconds in which the root prepares a sequence."""
     overhead_seconds: float
-    """Of a step besides all this."""
+    """The seconds of a step besides all these."""
     crowded_overhead_seconds: float
-    """More of it for each rank, on one core, where ranks share cores and take turns."""
+    """The additional overhead in seconds per rank, on one core, where ranks share cores and use compute slots."""
     root_seconds: float
-    """CPU of the root a step for everything but computing and preparing sequences, at ``ranks``."""
+    """The root's CPU seconds per step for all but computing and preparing sequences, at ``ranks`` ranks."""
     tree: Line
     flat: Line
 
     def to_json(self) -> str:
-        """As a JSON object."""
+        """Return the figures as a JSON object."""
         return json.dumps(dataclasses.asdict(self) | {"tree": self.tree, "flat": self.flat}, indent=1) + "\n"
 
 
 def machine_from_json(text: str | bytes) -> Machine:
-    """A machine as :meth:`Machine.to_json` wrote it. Raises ValueError that names what is wrong."""
+    """Read a machine from the text of :meth:`Machine.to_json`. Raises ValueError that names what is wrong."""
     found = json.loads(text)
     if not isinstance(found, dict):
         raise ValueError("it is not a JSON object")
@@ -101,19 +101,22 @@ def _is_amount(value: object) -> bool:
 
 
 def default_path() -> Path:
-    """In the user's configuration folder (XDG base directory specification)."""
+    """Return the default file in the user's configuration folder (XDG base directory specification)."""
     return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "hiermpi" / "machine.json"
 
 
 def keep_machine(path: Path, machine: Machine) -> None:
-    """Write the file, and the folder it is in. Raises UserError."""
+    """Write the figures to ``path``, and make its folder where needed. Raises UserError."""
     with told(path.parent, "make the folder"):
         path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, lambda descriptor: write_bytes(descriptor, machine.to_json().encode()))
 
 
 def read_machine(path: Path | None) -> Machine | None:
-    """The machine in ``path``; by default in :func:`default_path`, None where that is not there. Raises UserError."""
+    """Read the machine in ``path``, by default in :func:`default_path`. Raises UserError.
+
+    The result is None where no path is given and the default file does not exist.
+    """
     place = path or default_path()
     if path is None and not place.exists():
         return None
@@ -128,7 +131,7 @@ def read_machine(path: Path | None) -> Machine | None:
 
 
 class Prediction(NamedTuple):
-    """Of one step."""
+    """The predicted seconds of one step and of its parts."""
 
     step_seconds: float
     compute: float
@@ -137,19 +140,19 @@ class Prediction(NamedTuple):
     other: float
     tokens_per_second: float
     utilisation: float
-    """Core seconds that compute gradients, of all there are."""
+    """The share of all core seconds that computes gradients."""
     root_to_worker: float
-    """CPU of a worker's computing to that of the root's coordinating."""
+    """The CPU time of a worker's computing divided by that of the root's coordinating."""
 
 
 def predict(machine: Machine, topology: Topology, config: Config, model: ModelConfig) -> Prediction:
-    """A step of ``model`` with the batch of ``config``.
+    """Predict a step of ``model`` with the batch of ``config``.
 
     Args:
-        machine: of which every node is one.
-        topology: the ranks.
-        config: resolved.
-        model: with the vocabulary size.
+        machine: The figures of every node.
+        topology: The topology of the ranks.
+        config: The resolved configuration.
+        model: The model's settings with the vocabulary size.
     """
     layout = ParameterLayout(specs_of(load_family(model.family), model))
     batch, leaves, cores = config.train.batch_size, topology.n_leaves, machine.cores
@@ -191,7 +194,7 @@ def predict(machine: Machine, topology: Topology, config: Config, model: ModelCo
 
 
 def _in_turns(seconds: list[float], cores: int) -> float:
-    """When the last of these is done, each on the core that is free first, the longest first."""
+    """Return the end of the last job, where each starts on the core that is free first, the longest jobs first."""
     ends = [0.0] * cores
     for each in sorted(seconds, reverse=True):
         heapq.heapreplace(ends, ends[0] + each)
@@ -199,7 +202,14 @@ def _in_turns(seconds: list[float], cores: int) -> float:
 
 
 def leaf_seconds(machine: Machine, config: Config, model: ModelConfig, sequences: float) -> float:
-    """Seconds that a core computes on ``sequences``."""
+    """Return the seconds in which a core computes ``sequences`` sequences.
+
+    Args:
+        machine: The figures of the node.
+        config: The resolved configuration.
+        model: The model's settings with the vocabulary size.
+        sequences: The number of sequences, which may be a mean.
+    """
     calls = max(1.0, sequences / sequences_at_once(config)) if sequences else 0.0
     seconds = machine.token_seconds * token_flops(model) / machine.token_flops
     return calls * machine.call_seconds + sequences * model.context_length * seconds
@@ -230,7 +240,7 @@ def _sum_seconds(
 
 
 def _largest_share(topology: Topology, config: Config, model: ModelConfig, layout: ParameterLayout) -> float:
-    """The part of the vector that the owner of most owns."""
+    """Return the largest part of the vector that one owner has, as a fraction."""
     owned = owned_elements(planned_ownership(topology, config, model))
     return max(owned.values()) / layout.size
 
@@ -238,7 +248,15 @@ def _largest_share(topology: Topology, config: Config, model: ModelConfig, layou
 def fewest_tokens(
     machine: Machine, topology: Topology, config: Config, model: ModelConfig, enough: Callable[[Prediction], bool]
 ) -> int | None:
-    """Fewest tokens per leaf and step from which on ``enough`` holds; None where no batch is large enough."""
+    """Return the fewest tokens per leaf and step from which on ``enough`` holds; None where no batch is large enough.
+
+    Args:
+        machine: The figures of every node.
+        topology: The topology of the ranks.
+        config: The resolved configuration.
+        model: The model's settings with the vocabulary size.
+        enough: The condition on a prediction, which larger batches keep fulfilled.
+    """
 
     def holds(sequences: int) -> bool:
         batch = sequences * topology.n_leaves
@@ -255,7 +273,17 @@ def fewest_tokens(
 
 
 def forecast(machine: Machine, topology: Topology, config: Config, vocab_size: int) -> dict[str, Any]:
-    """What ``plan`` prints of a prediction, as plain data; empty where the model's family counts no operations."""
+    """Return what ``plan`` prints of a prediction, as plain data.
+
+    Args:
+        machine: The figures of every node.
+        topology: The topology of the ranks.
+        config: The resolved configuration.
+        vocab_size: The number of rows of the token table.
+
+    Returns:
+        The figures by name; the table is empty where the model's family counts no operations.
+    """
     model = dataclasses.replace(config.model, vocab_size=vocab_size)
     if not token_flops(model) or not machine.token_flops:
         return {}

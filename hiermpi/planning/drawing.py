@@ -1,4 +1,4 @@
-"""The plan as a text for a person."""
+"""The plan is written as a text for a person here."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,13 +10,13 @@ LABEL = 22
 
 
 def describe(planned: dict[str, Any], suggestions: Sequence[Suggestion] = ()) -> str:
-    """The tree, then the figures."""
+    """Write the tree, the figures and the suggestions as one text."""
     parts = (figure_lines(planned), prediction_lines(planned), suggestion_lines(planned, suggestions))
     return "\n".join([*tree_lines(planned), "", *(line for part in parts for line in part)])
 
 
 def tree_lines(planned: dict[str, Any]) -> list[str]:
-    """The ranks as a tree: filled signs compute."""
+    """Draw the ranks as a tree in which filled signs compute."""
     groups = planned["groups"]
     lines = [
         f"{count(planned['ranks'], 'rank')} on {count(planned['nodes'], 'node')}: 1 root, "
@@ -43,19 +43,19 @@ def tree_lines(planned: dict[str, Any]) -> list[str]:
 
 
 def glyphs(group: dict[str, Any]) -> str:
-    """A sign for each rank of a group, its control rank first."""
+    """Write a sign for each rank of a group, its control rank first."""
     leaves = set(group["leaves"])
     signs = ("◆" if group["control"] in leaves else "◇") + "●" * len(group["workers"])
     return signs if len(signs) <= MOST_GLYPHS else signs[: MOST_GLYPHS - 2] + "…●"
 
 
 def nodes_text(nodes: Sequence[int]) -> str:
-    """On which nodes."""
+    """Write which nodes these are."""
     return f"{'nodes' if len(nodes) > 1 else 'node'} {ranges(nodes)}"
 
 
 def figure_lines(planned: dict[str, Any]) -> list[str]:
-    """Parameters, loads, memory, bytes."""
+    """Write the lines of parameters, loads, memory and bytes."""
     load, memory, moved = planned["sequences_per_leaf"], planned["memory_bytes"], planned["bytes_per_step"]
     spread = f"{load['most']}" if load["least"] == load["most"] else f"{load['least']} to {load['most']}"
     lines = [
@@ -88,7 +88,7 @@ def figure_lines(planned: dict[str, Any]) -> list[str]:
 
 
 def owners_text(planned: dict[str, Any]) -> str:
-    """Who updates how many parameters."""
+    """Write which ranks update how many parameters."""
     owned = [entry["owned_parameters"] for entry in planned["groups"]]
     if not any(owned):
         return "the root updates all parameters"
@@ -99,7 +99,7 @@ def owners_text(planned: dict[str, Any]) -> str:
 
 
 def prediction_lines(planned: dict[str, Any]) -> list[str]:
-    """What a step will take, or how to get to know it."""
+    """Write how long a step is predicted to take, or how to measure what the prediction needs."""
     found = planned.get("prediction")
     if "flops_per_token" in planned["not_given"]:
         return [f"{'a step takes':{LABEL}}not known: {planned['family']} does not give flops_per_token"]
@@ -119,17 +119,17 @@ def prediction_lines(planned: dict[str, Any]) -> list[str]:
 
 
 def threshold(tokens: int | None) -> str:
-    """A number of tokens, or that there is none."""
+    """Write a number of tokens, or that there is none."""
     return "no batch size" if tokens is None else f"{tokens:,} tokens for each leaf and step"
 
 
 def milliseconds(seconds: float) -> str:
-    """Seconds, in a unit that suits them."""
+    """Write seconds in a unit that suits their size."""
     return f"{seconds:.2f} s" if seconds >= 1 else f"{1e3 * seconds:.1f} ms"
 
 
 def suggestion_lines(planned: dict[str, Any], suggestions: Sequence[Suggestion]) -> list[str]:
-    """What --suggest adds."""
+    """Write the lines that ``--suggest`` adds."""
     if not suggestions:
         return []
     lines = ["", "suggested"]
@@ -138,12 +138,12 @@ def suggestion_lines(planned: dict[str, Any], suggestions: Sequence[Suggestion])
 
 
 def count(n: int, thing: str) -> str:
-    """``n`` things, in words that agree."""
+    """Write ``n`` with the name of the thing in its singular or plural."""
     return f"{n} {thing}{'' if n == 1 else 's'}"
 
 
 def ranges(numbers: Sequence[int]) -> str:
-    """Sorted integers, runs shortened: ``2-6, 9``."""
+    """Write sorted integers with runs shortened, such as ``2-6, 9``."""
     parts: list[tuple[int, int]] = []
     for number in numbers:
         if parts and number == parts[-1][1] + 1:
@@ -154,7 +154,7 @@ def ranges(numbers: Sequence[int]) -> str:
 
 
 def size(n_bytes: float) -> str:
-    """Bytes in a unit that suits them."""
+    """Write bytes in a unit that suits their number."""
     for unit in ("B", "kB", "MB", "GB", "TB"):
         if n_bytes < 1000 or unit == "TB":
             return f"{n_bytes:.0f} {unit}" if unit == "B" or n_bytes >= 100 else f"{n_bytes:.1f} {unit}"

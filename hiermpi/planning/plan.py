@@ -1,6 +1,6 @@
-"""Roles, loads, memory and bytes per step as plain data, before a job is submitted.
+"""The plan gives roles, loads, memory and bytes per step as plain data, before a job is submitted.
 
-Memory of ranks and nodes is proportional set size (what Linux's smaps_rollup says as Pss) between two checkpoints. The
+The memory of ranks and nodes is the proportional set size (Pss in Linux's smaps_rollup) between two checkpoints. The
 figures of a process were measured on Debian 12 with CPython 3.11, numpy 2.4 and Open MPI 5.0; vectors are counted from
 the shapes.
 """
@@ -21,24 +21,24 @@ from hiermpi.optimizer.sums import sequences_at_once, summed_type
 from hiermpi.optimizer.update import ownership_of, slots_of
 
 FEWEST_TOKENS = 512
-"""Per leaf and step: below, the products are too small and the exchange weighs too much."""
+"""The fewest tokens per leaf and step to suggest; with fewer, products are too small and the messages dominate."""
 FIGURES = ("flops_per_token", "workspace_bytes")
-"""What a family may say of itself, for figures of the plan."""
+"""The optional functions of a family that give figures of the plan."""
 MOST_TOKENS = 2048
-"""Per leaf and step that are suggested: above, there is little left to gain."""
+"""The most tokens per leaf and step to suggest; more tokens gain little."""
 
 
 def plan(
     topology: Topology, config: Config, vocab_size: int, data_bytes: int = 0, cores: int = 1
 ) -> dict[str, Any]:
-    """The plan in the form that ``--json`` prints.
+    """Return the plan in the form that ``--json`` prints.
 
     Args:
-        topology: the ranks.
-        config: resolved.
-        vocab_size: rows of the token table.
-        data_bytes: tokens that the root keeps in memory.
-        cores: of a node.
+        topology: The topology of the ranks.
+        config: The resolved configuration.
+        vocab_size: The number of rows of the token table.
+        data_bytes: The size in bytes of the tokens that the root keeps in memory.
+        cores: The number of cores of a node.
     """
     model = dataclasses.replace(config.model, vocab_size=vocab_size)
     family = load_family(model.family)
@@ -94,9 +94,14 @@ def plan(
 
 
 def bytes_per_step(topology: Topology, vector_bytes: int, shared: bool) -> dict[str, int]:
-    """Bytes of gradients that go up each level in a step, and of parameters that come down.
+    """Return the bytes of gradients that go up each level in a step, and of parameters that come down.
 
-    In node-shared memory nothing is sent inside a node: its ranks read each other's gradients there.
+    In node-shared memory no message is sent inside a node: its ranks read each other's gradients there.
+
+    Args:
+        topology: The topology of the ranks.
+        vector_bytes: The size of the parameter vector in bytes.
+        shared: Whether gradients and parameters lie in node-shared memory.
     """
     controls, nodes = len(topology.groups), topology.n_nodes
     workers = topology.size - 1 - controls
@@ -115,7 +120,7 @@ def bytes_per_step(topology: Topology, vector_bytes: int, shared: bool) -> dict[
 
 
 class Suggestion(NamedTuple):
-    """A setting, its value, and why."""
+    """A suggested value of a setting, with the reason."""
 
     setting: str
     value: int
@@ -123,13 +128,13 @@ class Suggestion(NamedTuple):
 
 
 def suggest(topology: Topology, config: Config, planned: dict[str, Any], cores: int) -> list[Suggestion]:
-    """Settings for these ranks.
+    """Return settings that suit these ranks.
 
     Args:
-        topology: the ranks.
-        config: resolved.
-        planned: see :func:`plan`.
-        cores: of a node.
+        topology: The topology of the ranks.
+        config: The resolved configuration.
+        planned: The result of :func:`plan`.
+        cores: The number of cores of a node.
     """
     length, leaves = config.model.context_length, topology.n_leaves
     fewest, most = -(-FEWEST_TOKENS // length), max(1, MOST_TOKENS // length)
@@ -152,40 +157,40 @@ def suggest(topology: Topology, config: Config, planned: dict[str, Any], cores: 
 
 
 PROCESS_BYTES = 27_200_000
-"""What the interpreter, numpy and MPI of a rank have to themselves."""
+"""The private memory in bytes of the interpreter, numpy and MPI in a rank."""
 LIBRARY_BYTES = 20_600_000
-"""Pages of libraries, which all ranks of a node share."""
+"""The size in bytes of the pages of libraries, which all ranks of a node share."""
 ROOT_BYTES = 27_000_000
-"""What the root loads besides: HDF5, the validation of settings, the router."""
+"""The memory in bytes of what the root loads besides: HDF5, the validation of settings and the router."""
 MESSAGE_BYTES = 5_000_000
-"""What the root and the control ranks keep of sending each other whole vectors in the tree: 4.5 to 6 MB."""
+"""The memory in bytes that whole vectors sent in the tree cost the root and the control ranks: 4.5 to 6 MB."""
 SAVING_VECTORS = 6
-"""Vectors that the root holds while it saves: parameters and moments in token order, and the file built of them."""
+"""The vectors that the root holds while it saves: parameters and moments in token order, and the file built of them."""
 GATHERED_VECTORS = 2
-"""Vectors more where the moments lie with other owners."""
+"""The number of further vectors that it holds where the moments lie with other owners."""
 
 
 class Memory(NamedTuple):
-    """Bytes."""
+    """The memory of ranks and nodes in bytes."""
 
     per_rank: list[int]
-    """Proportional set size of each rank."""
+    """The proportional set size of each rank."""
     per_node: list[int]
     saving: int
-    """What the root takes besides while it writes a checkpoint."""
+    """The additional memory of the root while it writes a checkpoint."""
 
 
 def memory_of(
     topology: Topology, config: Config, model: ModelConfig, data_bytes: int = 0, cores: int = 1
 ) -> Memory:
-    """The memory of every rank. The root computes what the groups leave over.
+    """Compute the memory of every rank. The root computes the sequences that the groups leave over.
 
     Args:
-        topology: the ranks.
-        config: resolved.
-        model: with the vocabulary size.
-        data_bytes: tokens that the root keeps in memory.
-        cores: of a node.
+        topology: The topology of the ranks.
+        config: The resolved configuration.
+        model: The model's settings with the vocabulary size.
+        data_bytes: The size in bytes of the tokens that the root keeps in memory.
+        cores: The number of cores of a node.
     """
     layout = ParameterLayout(specs_of(load_family(model.family), model))
     vector = 4 * layout.size
@@ -202,14 +207,14 @@ def memory_of(
     vectors_of_state = len(load_rule(config.optimizer.rule).state)
     parameters = slots * vector
     sums = np.dtype(summed_type(config)).itemsize * layout.size
-    unit = vector if sums > vector else 0  # the gradient of a unit stands beside sums in fixed point
+    unit = vector if sums > vector else 0  # with fixed-point sums, a unit's gradient has a vector of its own
     summed = summed_parts(topology, ownership, sums // layout.size, cores) if shared else []
     cores_of_slots = max(1, cores // config.run.threads_per_rank)
     computing = [compute_slots(leaves, cores_of_slots) for leaves in topology.leaves_of_node]
     messages = topology.size > 1 and not shared and sends_vectors(config)
 
     def vectors(rank: int) -> int:
-        """Gradient, sum and parameters. Pages that several ranks touch are theirs in equal parts."""
+        """Return the bytes of gradient, sum and parameters; ranks that touch the same pages share them equally."""
         own = sums if topology.is_leaf(rank) else 0
         if not shared:
             return unit + sums + parameters
@@ -219,7 +224,7 @@ def memory_of(
         return unit + round(gradients + sums * part) + parameters // len(topology.ranks_of_node[node])
 
     def workspace(rank: int) -> int:
-        """Activations of a leaf, or its part of those that belong to turns."""
+        """Return the bytes of a leaf's activations, or of its part of the compute slots' memory."""
         if not topology.is_leaf(rank):
             return 0
         own = activations[roots if rank == 0 else most]
@@ -247,7 +252,14 @@ def activations_of(model: ModelConfig, sequences: int) -> int:
 
 
 def summed_parts(topology: Topology, ownership: Ownership, width: int, cores: int) -> list[float]:
-    """The part of the vector that each rank sums over its node's gradients."""
+    """Return the part of the vector that each rank sums over its node's gradients, as a fraction.
+
+    Args:
+        topology: The topology of the ranks.
+        ownership: The owners of the parts of the vector.
+        width: The size of a summed element in bytes.
+        cores: The number of cores of a node.
+    """
     parts = [0.0] * topology.size
     sizes = np.diff(ownership.bounds) / ownership.size
     for node, here in enumerate(topology.ranks_of_node):
@@ -258,10 +270,10 @@ def summed_parts(topology: Topology, ownership: Ownership, width: int, cores: in
 
 
 def shares_memory(topology: Topology, config: Config) -> bool:
-    """Whether gradients and parameters lie in memory that the ranks of a node share.
+    """Return whether gradients and parameters lie in memory that the ranks of a node share.
 
-    A choice by time is taken to choose a reduction that shares memory, where one is named and there is something to
-    share.
+    An automatic choice is assumed to take a reduction that shares memory, where one is named and several ranks are on a
+    node.
     """
     names = listed(config.hierarchy.reduction)
     named = [name for entry in names for name in (REDUCTIONS if entry == "auto" else [entry])]
@@ -270,17 +282,17 @@ def shares_memory(topology: Topology, config: Config) -> bool:
 
 
 def sends_vectors(config: Config) -> bool:
-    """Whether ranks keep room for messages of whole vectors: all reductions but one library call do."""
+    """Return whether ranks keep memory for messages of whole vectors, as all reductions but one library call do."""
     return config.hierarchy.reduction != "flat" and not is_outside(config.hierarchy.reduction)
 
 
 def planned_ownership(topology: Topology, config: Config, model: ModelConfig) -> Ownership:
-    """The ownership under ``optimizer.placement``, the tokens' classes being their ids modulo the order.
+    """Return the ownership under ``optimizer.placement``, where classes are the token ids modulo the order.
 
     Args:
-        topology: the ranks.
-        config: resolved.
-        model: with the vocabulary size.
+        topology: The topology of the ranks.
+        config: The resolved configuration.
+        model: The model's settings with the vocabulary size.
     """
     groups = symmetry_groups(None, model.vocab_size, model.symmetry_order)
     class_bounds = SymmetryTable(groups, model.symmetry_order).class_bounds
@@ -290,7 +302,7 @@ def planned_ownership(topology: Topology, config: Config, model: ModelConfig) ->
 
 
 def owned_elements(ownership: Ownership) -> dict[int, int]:
-    """{world rank: elements of the vector that it owns} of every possible owner."""
+    """Return the number of elements of the vector that each possible owner, by world rank, owns."""
     owned = dict.fromkeys(ownership.ranks, 0)
     for start, stop, owner in ownership.spans:
         owned[ownership.ranks[owner]] += stop - start

@@ -1,1 +1,1 @@
-"""Text to dataset: what ``hiermpi prepare`` does, alone or on ranks."""
+"""The package turns text into a dataset, as ``hiermpi prepare`` does, in one process or on ranks."""

@@ -1,4 +1,4 @@
-"""Text into one dataset: what ``hiermpi prepare`` and :func:`hiermpi.prepare` do."""
+"""The functions behind ``hiermpi prepare`` and :func:`hiermpi.prepare` turn text into one dataset."""
 
 import heapq
 import logging
@@ -30,7 +30,7 @@ from hiermpi.storage.dataset import SPLITS, DatasetContent, token_dtype, write_d
 FEWEST_TOKENS = 2
 BPE_TOKENS = 8192
 BYTES_AT_ONCE = 1 << 20
-"""For each rank."""
+"""The size in bytes of the text that each rank encodes in one exchange."""
 REMAP_BLOCK = 1 << 22
 
 logger = logging.getLogger("hiermpi")
@@ -38,7 +38,7 @@ logger = logging.getLogger("hiermpi")
 
 @dataclass(frozen=True)
 class Preparation:
-    """What is to be prepared, and how."""
+    """The arguments of a preparation."""
 
     sources: Sequence[str]
     out: Path
@@ -54,16 +54,16 @@ class Preparation:
 
 @dataclass(frozen=True)
 class Prepared:
-    """What was prepared."""
+    """The result of a preparation."""
 
     path: Path
     tokenizer: str
     """The kind of the tokenizer."""
     vocab_size: int
     tokens: dict[str, int]
-    """Tokens of each split, ``train`` and ``val``."""
+    """The number of tokens in each split, ``train`` and ``val``."""
     bytes: dict[str, int]
-    """Bytes of text behind each split."""
+    """The size of the text of each split in bytes."""
 
 
 def prepare(
@@ -84,17 +84,17 @@ def prepare(
     Args:
         sources: Text files, folders, or the word ``stdlib``.
         out: The dataset to make.
-        tokenizer: ``bytes``, ``chars`` or ``bpe``.
-        vocab_size: Tokens of the ``bpe`` vocabulary; by default 8192.
+        tokenizer: The kind of the tokenizer: ``bytes``, ``chars`` or ``bpe``.
+        vocab_size: The size of the ``bpe`` vocabulary; by default 8192.
         tokenizer_of: A dataset or checkpoint whose tokenizer is to be used.
         val_fraction: The share of the text for validation.
-        symmetry: ``modulo`` or ``frequency``: how token ids are given their symmetry class.
+        symmetry: The way in which token ids get their symmetry class: ``modulo`` or ``frequency``.
         symmetry_order: The number of symmetry classes.
-        reader: A reader of one's own, a text or an object.
+        reader: A reader of the user's own, as a text or an object.
         force: Whether an existing file is replaced.
 
     Raises:
-        UserError: Something is wrong with the sources or the arguments; nothing is left behind.
+        UserError: The sources or the arguments are wrong; no file is left behind.
     """
     sources = [sources] if isinstance(sources, str) else list(sources)
     other = Path(tokenizer_of) if tokenizer_of is not None else None
@@ -105,23 +105,23 @@ def prepare(
 
 
 class Encoder:
-    """Encodes in this process."""
+    """An encoder that works in this process."""
 
     n_ranks = 1
 
     def encode(self, tokenizer: Tokenizer, texts: Sequence[bytes]) -> NDArray[np.uint32]:
-        """The token ids of all ``texts``, each encoded by itself."""
+        """Return the token ids of all ``texts``, each of which is encoded by itself."""
         return encode_each(tokenizer, texts)
 
     def close(self) -> None:
-        """Nothing more will be encoded."""
+        """End the encoding; nothing is encoded after this call."""
 
 
 class TeamEncoder(Encoder):
-    """Encodes on all ranks: rank 0 asks, the others :meth:`serve` until it closes.
+    """An encoder that works on all ranks: rank 0 asks, and the others :meth:`serve` until it closes.
 
     Args:
-        world: of all ranks.
+        world: The communicator of all ranks.
     """
 
     def __init__(self, world: "MPI.Comm") -> None:
@@ -134,7 +134,7 @@ class TeamEncoder(Encoder):
         self._tokenizer: Tokenizer | None = None
 
     def encode(self, tokenizer: Tokenizer, texts: Sequence[bytes]) -> NDArray[np.uint32]:
-        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # ranks are the parallelism
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the ranks are the parallelism
         described = tokenizer.to_json() if tokenizer is not self._tokenizer else ""
         self._tokenizer = tokenizer
         ids = self._round(texts, described)
@@ -147,13 +147,13 @@ class TeamEncoder(Encoder):
         deal_texts(self.world, None, self._waiter)
 
     def serve(self) -> None:
-        """Encode what rank 0 deals out, until it closes. On every rank but 0."""
+        """Encode what rank 0 distributes, until it closes. Every rank but 0 calls this."""
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
         while self._round(None, "") is not None:
             pass
 
     def _round(self, texts: Sequence[bytes] | None, described: str) -> NDArray[np.uint32] | None:
-        """One collective exchange; an error of any rank is raised at rank 0 when all are through it."""
+        """Do one collective exchange; an error on any rank is raised at rank 0 after all ranks have completed it."""
         from hiermpi.communication.agreement import broadcast_object, gather_arrays, gather_objects
         from hiermpi.communication.scatter import deal_texts
 
@@ -178,17 +178,17 @@ class TeamEncoder(Encoder):
 
 
 def encode_each(tokenizer: Tokenizer, texts: Sequence[bytes]) -> NDArray[np.uint32]:
-    """The token ids of ``texts``, one after another."""
+    """Return the token ids of ``texts`` in one array, text after text."""
     return np.concatenate([np.empty(0, np.uint32), *(tokenizer.encode(text) for text in texts)])
 
 
 class Spool:
-    """One raw file of ids per split, and what is to be known of them.
+    """A raw file of token ids for each split, with the counts that a dataset needs.
 
     Args:
-        folder: for the files.
-        tokenizer: of the corpus.
-        encoder: does the work.
+        folder: The folder for the files.
+        tokenizer: The tokenizer of the corpus.
+        encoder: The encoder that computes the ids.
     """
 
     def __init__(self, folder: Path, tokenizer: Tokenizer, encoder: Encoder) -> None:
@@ -212,13 +212,13 @@ class Spool:
             self._flush(split)
 
     def finish(self) -> None:
-        """Have everything in the files."""
+        """Encode the rest of the text and write it to the files."""
         for split, file in self._files.items():
             self._flush(split)
             file.flush()
 
     def renumber(self, order: NDArray[np.integer]) -> None:
-        """Give the id ``i`` to what had the id ``order[i]``; after :meth:`finish`."""
+        """Give the id ``i`` to the tokens that had the id ``order[i]``; this follows :meth:`finish`."""
         new = np.empty(len(order), self.dtype)
         new[order] = np.arange(len(order), dtype=self.dtype)
         self.counts = self.counts[order]
@@ -246,7 +246,7 @@ class Spool:
 
 
 def prepare_with(wanted: Preparation, encoder: Encoder) -> Prepared:
-    """Make the dataset, the text being encoded by ``encoder``. Raises UserError."""
+    """Make the dataset with ids that ``encoder`` computes. Raises UserError."""
     check(wanted)
     out = wanted.out
     given = stored_tokenizer(wanted.tokenizer_of) if wanted.tokenizer_of else None
@@ -294,7 +294,7 @@ def check(wanted: Preparation) -> None:
 
 
 def stored_tokenizer(path: Path) -> Tokenizer:
-    """The tokenizer of a dataset or checkpoint. Raises UserError."""
+    """Read the tokenizer of a dataset or checkpoint. Raises UserError."""
     from hiermpi.storage.checkpoint import load_checkpoint
     from hiermpi.storage.container import kind_of
     from hiermpi.storage.dataset import open_dataset
@@ -307,7 +307,10 @@ def stored_tokenizer(path: Path) -> Tokenizer:
 
 
 def find_text(wanted: Preparation, decodable: bool) -> list[Document]:
-    """The documents that hold text; others are passed over and counted, unless named themselves. Raises UserError."""
+    """Return the documents that hold text. Raises UserError for a source without text that the user named itself.
+
+    Other files without text are skipped and counted.
+    """
     kept, passed = [], 0
     for document in find_documents(wanted.sources, wanted.reader):
         wrong = fault(document, decodable)
@@ -322,7 +325,7 @@ def find_text(wanted: Preparation, decodable: bool) -> list[Document]:
 
 
 def make_tokenizer(wanted: Preparation, documents: list[Document]) -> Tokenizer:
-    """The tokenizer that the command line asks for, learned from the corpus. Raises UserError."""
+    """Make the tokenizer that the command line asks for; it learns from the corpus. Raises UserError."""
     if wanted.tokenizer == "bytes":
         return BytesTokenizer()
     if not any(size_of(document) for document in documents):
@@ -336,7 +339,7 @@ def make_tokenizer(wanted: Preparation, documents: list[Document]) -> Tokenizer:
 
 
 def read_text(documents: list[Document], what: str) -> Iterator[str]:
-    """All text, block by block, with progress."""
+    """Yield all text block by block, and show the progress."""
     with ProgressBar(what, sum(size_of(document) for document in documents), in_bytes=True) as bar:
         for document in documents:
             for block in blocks(document):
@@ -348,7 +351,13 @@ def read_text(documents: list[Document], what: str) -> Iterator[str]:
 
 
 def fill(spool: Spool, documents: list[Document], val_fraction: float) -> None:
-    """Encode all documents into ``spool``, each split at its place."""
+    """Encode all documents into ``spool``, each part into its split.
+
+    Args:
+        spool: The files of token ids.
+        documents: The documents of the corpus.
+        val_fraction: The share of the text for validation.
+    """
     sizes = [size_of(document) for document in documents]
     split = Split(len(documents), val_fraction)
     with ProgressBar("encoding", sum(sizes), in_bytes=True) as bar:
@@ -375,15 +384,20 @@ def require_text(spool: Spool, wanted: Preparation) -> None:
 
 
 def symmetry_groups_for(kind: str, counts: NDArray[np.int64], order: int) -> NDArray[np.uint8]:
-    """(V,) symmetry group of each token id.
+    """Return the (V,) symmetry class of each token id.
 
-    ``modulo``: the id modulo the order. ``frequency``: ids by decreasing frequency, each to the group that weighs
-    least so far, so that all groups carry about the same share of the corpus.
+    With ``modulo`` the class is the id modulo the order. With ``frequency`` ids come by decreasing frequency, and each
+    goes to the class with the least weight so far, so that all classes carry about the same share of the corpus.
+
+    Args:
+        kind: The way of the assignment, ``modulo`` or ``frequency``.
+        counts: (V,) The frequency of each token id.
+        order: The number of classes.
     """
     if kind == "modulo":
         return (np.arange(len(counts)) % order).astype(np.uint8)
     groups = np.empty(len(counts), np.uint8)
-    lightest = [(0, 0, group) for group in range(order)]  # weight, members, group
+    lightest = [(0, 0, group) for group in range(order)]  # (weight, members, class)
     for token in np.argsort(-counts, kind="stable"):
         weight, members, group = heapq.heappop(lightest)
         groups[token] = group

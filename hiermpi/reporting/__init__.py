@@ -1,1 +1,1 @@
-"""What was made and how it went, told: ``hiermpi inspect`` and ``hiermpi report``."""
+"""The package describes what was made and how a run went, for ``hiermpi inspect`` and ``hiermpi report``."""

@@ -1,4 +1,4 @@
-"""Pictures of runs (extra ``report``), legible in black and white: line styles and hatches carry the meaning."""
+"""Plots of runs (extra ``report``) are legible in black and white: line styles and hatches carry the meaning."""
 
 import textwrap
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 SIZE = (7.5, 4.2)
 DPI = 150
 WITHOUT_CORE = "compute, without a core"
-"""Time in the compute phase in which other ranks had the core."""
+"""The name of the time in the compute phase in which other ranks had the core."""
 HATCHES = {
     "compute": "",
     "waiting": "...",
@@ -39,7 +39,7 @@ SMALLEST_SHARE = 0.005
 
 
 def make_plots(runs: Sequence[RunRecord], folder: Path) -> list[Path]:
-    """The pictures of one run, or the comparison of several, in ``folder``; their paths. Raises UserError."""
+    """Draw the plots of one run, or the comparison of several, and return their paths. Raises UserError."""
     try:
         import matplotlib as mpl
     except ImportError:
@@ -58,7 +58,7 @@ def make_plots(runs: Sequence[RunRecord], folder: Path) -> list[Path]:
 
 
 def figures_of(run: RunRecord) -> dict[str, "Figure"]:
-    """The pictures of one run by name."""
+    """Draw the plots of one run, and return them by name."""
     figures = {"loss": loss_figure(run)}
     if run.ranks:
         figures["time"] = time_figure(run)
@@ -69,7 +69,7 @@ def figures_of(run: RunRecord) -> dict[str, "Figure"]:
 
 
 def new_figure(title: str, size: tuple[float, float] = SIZE) -> tuple["Figure", "Axes"]:
-    """A figure with one pair of axes."""
+    """Make a figure with one pair of axes."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=size, layout="constrained")
@@ -79,7 +79,7 @@ def new_figure(title: str, size: tuple[float, float] = SIZE) -> tuple["Figure", 
 
 
 def loss_figure(run: RunRecord) -> "Figure":
-    """Training and validation loss, and the learning rate, over the steps."""
+    """Draw training and validation loss, and the learning rate, over the steps."""
     figure, axes = new_figure(f"{run.name}: loss and learning rate")
     steps, losses = columns(run.losses)
     axes.plot(steps, losses, color="0.75", linewidth=0.7, label="training, each step")
@@ -101,7 +101,7 @@ def loss_figure(run: RunRecord) -> "Figure":
 
 
 def time_figure(run: RunRecord) -> "Figure":
-    """Milliseconds of a step by phase, stacked, for each role; the title says what limits the run."""
+    """Draw the milliseconds of a step by phase, stacked, for each role; the title names what limits the run."""
     limit = textwrap.fill(f"limited by {verdict(run.ranks)}", 80)
     figure, axes = new_figure(f"{run.name}: where a step's time goes\n{limit}")
     axes.title.set_fontsize("medium")
@@ -133,7 +133,13 @@ def time_figure(run: RunRecord) -> "Figure":
 
 
 def phase_parts(run: RunRecord, roles: Sequence[str], steps: int) -> dict[str, NDArray[np.float64]]:
-    """Milliseconds per step of each phase's work, and of waiting, for each role."""
+    """Compute the milliseconds per step of each phase's work, and of waiting, for each role.
+
+    Args:
+        run: The record of the run.
+        roles: The names of the roles, in the order of the arrays.
+        steps: The number of steps that the records cover.
+    """
 
     def each(value: Any) -> NDArray[np.float64]:
         return np.array([1e3 / steps * mean(value(r) for r in run.ranks if r["role"] == role) for role in roles])
@@ -147,7 +153,7 @@ def phase_parts(run: RunRecord, roles: Sequence[str], steps: int) -> dict[str, N
 
 
 def groups_figure(run: RunRecord) -> "Figure":
-    """Sequences computed by each group."""
+    """Draw the number of sequences that each group computed."""
     root = run.root
     assert root is not None
     figure, axes = new_figure(f"{run.name}: load per symmetry group")
@@ -168,7 +174,7 @@ def groups_figure(run: RunRecord) -> "Figure":
 
 
 def tree_figure(run: RunRecord) -> "Figure":
-    """The ranks as they stand, each as dark as the share of its time that it computed."""
+    """Draw the ranks as a tree, each as dark as the share of its time that it computed."""
     groups: dict[int, list[dict[str, Any]]] = {}
     for record in run.ranks:
         groups.setdefault(record.get("group", -1), []).append(record)
@@ -212,7 +218,7 @@ def tree_figure(run: RunRecord) -> "Figure":
 
 
 def compare_figure(runs: Sequence[RunRecord]) -> "Figure":
-    """Losses of several runs over steps and over time."""
+    """Draw the losses of several runs over steps and over time."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10.5, 4.4), layout="constrained")
@@ -237,19 +243,19 @@ def compare_figure(runs: Sequence[RunRecord]) -> "Figure":
 
 
 def steps_of(run: RunRecord) -> int:
-    """Steps that the records of the ranks cover."""
+    """Return the number of steps that the records of the ranks cover."""
     first, last = run.ranks[0].get("first_step", 0), run.ranks[0].get("last_step", run.metrics[-1]["step"])
     return int(last) - int(first)
 
 
 def columns(pairs: Sequence[tuple[int, float]]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Pairs as two arrays."""
+    """Return a list of pairs as two arrays."""
     table = np.array(pairs, np.float64).reshape(-1, 2)
     return table[:, 0], table[:, 1]
 
 
 def smoothed(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """A centred running mean over about a fiftieth of the values, shorter at the ends."""
+    """Return a centred running mean over about a fiftieth of the values, with a shorter window at the ends."""
     half = len(values) // 100
     total = np.concatenate([[0.0], np.cumsum(values)])
     first = np.maximum(np.arange(len(values)) - half, 0)
@@ -258,7 +264,7 @@ def smoothed(values: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def loss_limits(losses: NDArray[np.float64], validations: Sequence[float]) -> tuple[float, float]:
-    """Limits of the loss axis: the first steps may stand out, the rest must be seen."""
+    """Return the limits of the loss axis; the first steps may exceed them, the rest must be visible."""
     values = np.concatenate([losses, np.asarray(validations, np.float64)])
     if not len(values):
         return 0.0, 1.0

@@ -1,4 +1,4 @@
-"""What files say: a dataset, a checkpoint, and the run folder in numbers."""
+"""The content of files is read here: a dataset, a checkpoint, and the run folder in numbers."""
 
 import json
 import math
@@ -20,49 +20,49 @@ from hiermpi.storage.dataset import SPLITS, TokenDataset, open_dataset
 from hiermpi.storage.run_folder import RunFolder
 
 LAST_STEPS = 20
-"""Over which the final training loss and speed are averaged."""
+"""The number of last steps over which the final training loss and speed are averaged."""
 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What a run folder says. Rows and records that lack what they should have are refused."""
+    """The content of a run folder; rows and records without a required field are refused."""
 
     path: Path
     config: dict[str, Any]
     metrics: list[dict[str, Any]]
     ranks: list[dict[str, Any]]
-    """Of the last start; empty where the run has not ended in order."""
+    """The records of the ranks of the last start; the list is empty where the run has not ended in order."""
     done: bool
 
     @property
     def name(self) -> str:
-        """A short name."""
+        """The name of the run's folder, or its path where that has no name."""
         return self.path.name or str(self.path)
 
     @cached_property
     def losses(self) -> list[tuple[int, float]]:
-        """(step, training loss) of the steps that were not skipped."""
+        """The pairs (step, training loss) of the steps that were not skipped."""
         return [(row["step"], row["loss"]) for row in self.metrics if row["loss"] is not None]
 
     @cached_property
     def validations(self) -> list[tuple[int, float]]:
-        """(step, validation loss)."""
+        """The pairs (step, validation loss)."""
         return [(row["step"], row["val_loss"]) for row in self.metrics if row.get("val_loss") is not None]
 
     @property
     def root(self) -> dict[str, Any] | None:
-        """The root's record."""
+        """The root's record, or None where there is none."""
         return next((record for record in self.ranks if record["role"] == "root"), None)
 
     @property
     def workers(self) -> list[dict[str, Any]]:
-        """Records of the ranks that have computed: workers, or without any the others that did."""
+        """The records of the ranks that computed: the workers; without any, the control ranks; or else the root."""
         computing = [record for record in self.ranks if record["sequences"]]
         below = [record for record in computing if record["role"] == "worker"]
         return below or [record for record in computing if record["role"] == "control"] or computing
 
     def summary(self) -> dict[str, Any]:
-        """The main figures, as plain data."""
+        """Return the main figures as plain data."""
         last = [row for row in self.metrics[-LAST_STEPS:] if row["loss"] is not None]
         best = min(self.validations, key=lambda pair: pair[1], default=(None, None))
         rates = [row["tokens_per_second"] for row in self.metrics if row.get("tokens_per_second")]
@@ -85,7 +85,7 @@ class RunRecord:
 
 
 def read_run(path: Path) -> RunRecord:
-    """The run in folder ``path``. Raises UserError."""
+    """Read the run in folder ``path``. Raises UserError."""
     folder = RunFolder(path)
     if not path.is_dir():
         raise UserError(f"{path} is not a folder: name a run folder of hiermpi train")
@@ -106,14 +106,23 @@ def read_run(path: Path) -> RunRecord:
 
 
 def require(row: Any, fields: dict[str, Any], folder: RunFolder) -> None:
-    """Refuse a row without these fields. Raises UserError."""
+    """Refuse a row that lacks one of these fields.
+
+    Args:
+        row: The row of a file.
+        fields: The types of the required fields by name.
+        folder: The run folder, for the message.
+
+    Raises:
+        UserError: The row is not whole.
+    """
     for name, kinds in fields.items():
         if not isinstance(row, dict) or name not in row or not isinstance(row[name], kinds):
             raise UserError(f"{folder.path}: a line of metrics.jsonl or ranks.jsonl has no valid {name}: remove it")
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """``{"section.field": value}`` of a run's config.toml; empty where there is none. Raises UserError."""
+    """Read a run's config.toml as ``{"section.field": value}``, empty where it is missing. Raises UserError."""
     if not path.exists():
         return {}
     with told(path, "read"):
@@ -134,7 +143,7 @@ MOST_FREQUENT = 12
 
 
 def inspect(path: Path) -> dict[str, Any]:
-    """What is in the file, or in the newest checkpoint of the run folder. Raises UserError."""
+    """Describe the content of a file, or of the newest checkpoint of a run folder. Raises UserError."""
     if path.is_dir():
         return inspect_checkpoint(*RunFolder(path).newest_checkpoint())
     if kind_of(path) == "dataset":
@@ -147,7 +156,7 @@ def inspect(path: Path) -> dict[str, Any]:
 
 
 def inspect_dataset(dataset: TokenDataset) -> dict[str, Any]:
-    """A dataset as plain data."""
+    """Describe a dataset as plain data."""
     tokenizer = tokenizer_from_json(dataset.tokenizer)
     length = min(SAMPLE_TOKENS, dataset.length("train"))
     sample = tokenizer.decode(dataset.read("train", np.array([0]), length)[0]).decode("utf-8", "replace")
@@ -178,7 +187,7 @@ def inspect_dataset(dataset: TokenDataset) -> dict[str, Any]:
 
 
 def inspect_checkpoint(path: Path, checkpoint: Checkpoint) -> dict[str, Any]:
-    """A checkpoint as plain data."""
+    """Describe a checkpoint as plain data."""
     tokenizer = tokenizer_from_json(checkpoint.tokenizer)
     return {
         "kind": "checkpoint",
@@ -201,12 +210,12 @@ def inspect_checkpoint(path: Path, checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def describe(found: dict[str, Any]) -> str:
-    """The same for a person."""
+    """Write the result of :func:`inspect` as a text for a person."""
     return "\n".join(describe_dataset(found) if found["kind"] == "dataset" else describe_checkpoint(found))
 
 
 def describe_dataset(found: dict[str, Any]) -> list[str]:
-    """Lines about a dataset."""
+    """Write the lines about a dataset."""
     tokens, n_bytes, shares = found["tokens"], found["bytes"], found["group_share"]
     return [
         f"{'dataset':16}{found['file']}",
@@ -228,7 +237,7 @@ def describe_dataset(found: dict[str, Any]) -> list[str]:
 
 
 def describe_checkpoint(found: dict[str, Any]) -> list[str]:
-    """Lines about a checkpoint."""
+    """Write the lines about a checkpoint."""
     loss = "not known" if found["loss"] is None else f"{found['loss']:.4f} nats"
     skipped = f" ({found['skipped_steps']} skipped)" if found["skipped_steps"] else ""
     lines = [
@@ -257,7 +266,7 @@ def describe_checkpoint(found: dict[str, Any]) -> list[str]:
 
 
 def sources_of(dataset: TokenDataset) -> list[str]:
-    """What the dataset was made from."""
+    """Return the names of the sources of a dataset."""
     try:
         found = json.loads(dataset.sources)
     except (ValueError, RecursionError):
@@ -266,10 +275,16 @@ def sources_of(dataset: TokenDataset) -> list[str]:
 
 
 def printable(text: str) -> str:
-    """``text`` without what would move a terminal's cursor."""
+    """Return ``text`` without characters that move a terminal's cursor."""
     return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 def bar(value: float, largest: float, width: int = 40) -> str:
-    """A bar of text, ``width`` characters at ``largest``."""
+    """Draw a bar of text, which is ``width`` characters long at ``largest``.
+
+    Args:
+        value: The value to draw.
+        largest: The value of a full bar.
+        width: The length of a full bar in characters.
+    """
     return "█" * round(width * value / largest) if largest > 0 else ""

@@ -1,4 +1,4 @@
-"""Tables about where a run's time went and who computed how much. Records are those of ranks.jsonl."""
+"""The tables show how a run's time was spent and which ranks computed how much, from the records of ranks.jsonl."""
 
 import math
 from collections import Counter
@@ -16,23 +16,23 @@ LABEL = 22
 COLUMN = 14
 MOST_STRAGGLERS = 5
 STRAGGLES = 1.15
-"""Seconds of computing a sequence, against the median rank's, from which a rank is named."""
+"""The seconds per sequence, relative to the median rank's, from which a rank is named as slow."""
 COORDINATION = ("batch", "scatter", "reduce", "optimize", "broadcast", "commit")
 
 
 def work(record: Record, phase: str) -> float:
-    """Seconds of a phase in which the rank did not wait for another."""
+    """Return the seconds of a phase in which the rank did not wait for another."""
     return record["phases"][phase] - record["waits"][phase]
 
 
 def mean(values: Iterable[float]) -> float:
-    """Arithmetic mean; 0 of nothing."""
+    """Return the arithmetic mean, or 0 of no values."""
     listed = list(values)
     return fmean(listed) if listed else 0.0
 
 
 def phase_table(records: Sequence[Record]) -> list[str]:
-    """Lines: seconds of work per phase for each role (mean over its ranks), waiting, CPU, utilisation."""
+    """Write the lines of work per phase in seconds for each role (mean of its ranks), waiting, CPU and utilisation."""
     by_role = {role: [r for r in records if r["role"] == role] for role in ROLES}
     roles = [role for role in ROLES if by_role[role]]
     heads = [f"{len(by_role[role])} {role}{'s' if len(by_role[role]) > 1 else ''}" for role in roles]
@@ -52,7 +52,7 @@ def phase_table(records: Sequence[Record]) -> list[str]:
 
 
 def machine_lines(records: Sequence[Record]) -> list[str]:
-    """Lines: how busy the cores were, and the root's work against a worker's."""
+    """Write the lines on how busy the cores were, and on the root's work relative to a worker's."""
     lines = []
     use = core_use(records)
     if use is not None:
@@ -68,7 +68,7 @@ def machine_lines(records: Sequence[Record]) -> list[str]:
 
 
 def core_use(records: Sequence[Record]) -> tuple[float, float, int] | None:
-    """(share of core time that computed, share that did anything, cores) over the nodes; None where not recorded."""
+    """Return (share of core time that computed, share that did anything, cores); None where it is not recorded."""
     if not all(r.get("elapsed") and r.get("cores") for r in records):
         return None
     cores = sum({r["host"]: r["cores"] for r in records}.values())
@@ -78,7 +78,7 @@ def core_use(records: Sequence[Record]) -> tuple[float, float, int] | None:
 
 
 def root_to_worker(records: Sequence[Record]) -> float | None:
-    """CPU seconds of the median worker's computing per second of the root's coordinating; None for one rank."""
+    """Return the median worker's CPU seconds of computing per second of the root's coordinating; None for one rank."""
     root = next((r for r in records if r["role"] == "root"), None)
     others = [r for r in records if r["role"] == "worker" and r["sequences"]]
     others = others or [r for r in records if r["role"] == "control" and r["sequences"]]
@@ -89,13 +89,13 @@ def root_to_worker(records: Sequence[Record]) -> float | None:
 
 
 def hosts(records: Sequence[Record]) -> str:
-    """How many hosts, in words."""
+    """Write the number of hosts in words."""
     names = sorted({record["host"] for record in records})
     return names[0] if len(names) == 1 else f"{len(names)} hosts"
 
 
 def load_lines(root: Record) -> list[str]:
-    """Lines: sequences that each group has computed, and how many tokens met their own group."""
+    """Write the lines on how many sequences each group computed, and how many tokens were in their own group."""
     loads = root.get("loads") or []
     if len(loads) < 2:
         return []
@@ -114,14 +114,15 @@ def load_lines(root: Record) -> list[str]:
 
 
 def own_share(root: Record) -> tuple[float, float]:
-    """Share of tokens that were computed in the group of their symmetry class, and that of blind routing."""
+    """Return the share of tokens that were computed in the group of their symmetry class, and that of blind routing."""
     return root["own_tokens"] / max(root["routed_tokens"], 1), 1 / max(len(root["loads"]) - 1, 1)
 
 
 def sequence_seconds(records: Sequence[Record]) -> dict[int, float]:
-    """What a sequence takes on each rank that computed: seconds, of CPU where ranks share cores, of wall elsewhere.
+    """Return the seconds per sequence of each rank that computed: CPU time where ranks share cores, else wall time.
 
-    On a shared core the clock goes on while others have it, so it would tell who started first, not who is slow.
+    On a shared core the clock goes on while other ranks have it, so wall time would show which rank started first and
+    not which one is slow.
     """
     ranks = Counter(r["host"] for r in records)
 
@@ -133,7 +134,7 @@ def sequence_seconds(records: Sequence[Record]) -> dict[int, float]:
 
 
 def straggler_lines(records: Sequence[Record]) -> list[str]:
-    """Lines: the ranks, and the hosts, that need longest for a sequence."""
+    """Write the lines on the ranks, and the hosts, that need longest for a sequence."""
     pace = sequence_seconds(records)
     if len(pace) < 2:
         return []
@@ -159,7 +160,7 @@ def straggler_lines(records: Sequence[Record]) -> list[str]:
 
 
 def verdict(records: Sequence[Record]) -> str:
-    """One sentence on what limits the run."""
+    """Write one sentence on what limits the run."""
     total = sum(sum(r["phases"].values()) for r in records)
     computing = sum(work(r, "compute") for r in records) / max(total, 1e-9)
     waiting = sum(sum(r["waits"].values()) for r in records) / max(total, 1e-9)
@@ -188,12 +189,12 @@ def verdict(records: Sequence[Record]) -> str:
 
 
 def report_text(run: "RunRecord") -> str:
-    """Everything about one run."""
+    """Write everything about one run as a text."""
     return "\n".join(report_lines(run))
 
 
 def report_lines(run: "RunRecord") -> list[str]:
-    """The lines of :func:`report_text`."""
+    """Write the lines of :func:`report_text`."""
     figures = run.summary()
     state = "done" if run.done else "not done: the same command again continues"
     lines = [
@@ -223,7 +224,7 @@ def report_lines(run: "RunRecord") -> list[str]:
 
 
 def comparison_table(runs: Sequence["RunRecord"]) -> str:
-    """The runs side by side."""
+    """Write the table of the runs side by side."""
     width = max(len(str(run.path)) for run in runs) + 2
     lines = [f"{'run':{width}}{'step':>8}{'ranks':>8}{'loss':>10}{'val':>10}{'best val':>10}{'tokens/s':>12}"]
     for run in runs:
@@ -236,7 +237,7 @@ def comparison_table(runs: Sequence["RunRecord"]) -> str:
 
 
 def shape(config: dict[str, Any]) -> str:
-    """The model and the batch in words."""
+    """Write the model and the batch in words."""
     if not config:
         return "not known: config.toml is missing"
     get = config.get
@@ -248,5 +249,5 @@ def shape(config: dict[str, Any]) -> str:
 
 
 def number(value: float | None) -> str:
-    """A loss, or a dash."""
+    """Write a loss, or a dash for None."""
     return "-" if value is None else f"{value:.4f}"

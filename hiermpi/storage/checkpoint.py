@@ -1,4 +1,4 @@
-"""Checkpoints: everything that a run needs to go on, on any number of ranks.
+"""Checkpoints hold everything that a run needs to go on, on any number of ranks.
 
 Tensors are stored by name in token order, so no rank count and no layout is in the file.
 """
@@ -46,24 +46,24 @@ class Checkpoint:
 
     step: int
     cursor: int
-    """Sequences drawn by the sampler."""
+    """The number of sequences that the sampler has drawn."""
     seed: int
     adam_count: int
-    """Updates applied: steps less the skipped ones."""
+    """The number of updates that were applied: the steps less the skipped ones."""
     skipped_steps: int
     config: dict[str, Any]
-    """``{"section.field": value}``."""
+    """The settings of the run as ``{"section.field": value}``."""
     tokenizer: str
     dataset_sha256: str
     parameters: Tensors
     state: dict[str, Tensors]
-    """The optimizer's, by the names of the rule's vectors: ``m`` and ``v`` for AdamW."""
+    """The optimizer's tensors by the names of the rule's vectors: ``m`` and ``v`` for AdamW."""
     loss: float
-    """Of the last step that was not skipped."""
+    """The loss of the last step that was not skipped, in nats per token."""
 
 
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
-    """Write a checkpoint; whole or not at all. Raises UserError."""
+    """Write a checkpoint; the file is whole or it is not made. Raises UserError."""
     if data_bytes(checkpoint) <= IN_MEMORY_LIMIT:
         write_image(path, checkpoint_image(checkpoint))
     else:
@@ -71,12 +71,12 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
 
 
 def checkpoint_image(checkpoint: Checkpoint) -> memoryview:
-    """The checkpoint's file, built in memory. Raises UserError where a value is not finite."""
+    """Build the checkpoint's file in memory. Raises UserError where a value is not finite."""
     return build_image(KIND, filler(checkpoint))
 
 
 def filler(checkpoint: Checkpoint) -> Fill:
-    """What puts a checkpoint into an HDF5 file. Raises UserError where a value is not finite."""
+    """Return the function that writes a checkpoint into an HDF5 file. Raises UserError where a value is not finite."""
     require_loadable(checkpoint)
 
     def fill(file: h5py.File) -> None:
@@ -92,7 +92,7 @@ def filler(checkpoint: Checkpoint) -> Fill:
 
 
 def require_loadable(checkpoint: Checkpoint) -> None:
-    """Refuse to save what :func:`load_checkpoint` would refuse: older, loadable checkpoints would give way to it.
+    """Refuse to save what :func:`load_checkpoint` would refuse, since older, loadable checkpoints are deleted for it.
 
     Raises UserError where a value is not finite, ValueError where names, shapes or types are wrong.
     """
@@ -111,12 +111,12 @@ def require_loadable(checkpoint: Checkpoint) -> None:
 
 
 def groups_of(checkpoint: Checkpoint) -> dict[str, Tensors]:
-    """The tensors by their group in the file."""
+    """Return the tensors by their group in the file."""
     return {"parameters": checkpoint.parameters} | {f"optimizer/{k}": t for k, t in checkpoint.state.items()}
 
 
 def data_bytes(checkpoint: Checkpoint) -> int:
-    """Bytes of the tensors."""
+    """Return the size of all tensors in bytes."""
     return sum(tensor.nbytes for tensors in groups_of(checkpoint).values() for tensor in tensors.values())
 
 
@@ -124,8 +124,8 @@ def load_checkpoint(path: Path, with_state: bool = True) -> Checkpoint:
     """Read and check a checkpoint. Raises UserError, DamagedFile.
 
     Args:
-        path: of the file.
-        with_state: whether to read the optimizer's state.
+        path: The file of the checkpoint.
+        with_state: Whether to read the optimizer's state.
     """
     with open_container(path, KIND) as reader:
         parameters = _tensors(reader, "parameters")
@@ -151,7 +151,7 @@ def load_checkpoint(path: Path, with_state: bool = True) -> Checkpoint:
 
 
 def parameters_digest(checkpoint: Checkpoint) -> str:
-    """SHA-256 (hex) over the parameters by name, whatever file they lie in: equal models have equal digests."""
+    """Return the SHA-256 (hex) of the parameters by name; equal models have equal digests, whatever file holds them."""
     digest = hashlib.sha256()
     for name in sorted(checkpoint.parameters):
         tensor = checkpoint.parameters[name]
@@ -161,7 +161,7 @@ def parameters_digest(checkpoint: Checkpoint) -> str:
 
 
 def model_config(checkpoint: Checkpoint) -> ModelConfig:
-    """The shape of the model in ``checkpoint``. Raises DamagedFile where it is none."""
+    """Return the shape of the model in ``checkpoint``. Raises DamagedFile where its settings are not valid."""
     prefix = "model."
     shape = {name.removeprefix(prefix): value for name, value in checkpoint.config.items() if name.startswith(prefix)}
     try:
@@ -189,7 +189,7 @@ def _config(reader: Reader) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> bool:
-    """Whether this is the value of a setting: a number or text, or a table of such (``model.options``)."""
+    """Return whether this is the value of a setting: a number, a text, or a table of these (``model.options``)."""
     values = value.values() if isinstance(value, dict) else [value]
     return all(isinstance(entry, int | float | str | bool) for entry in values)
 
@@ -198,18 +198,18 @@ class CheckpointFolder:
     """The checkpoints of a run.
 
     Args:
-        path: RUN/checkpoints; need not exist.
+        path: The folder RUN/checkpoints, which need not exist.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def path_for(self, step: int) -> Path:
-        """The file of the checkpoint after ``step`` steps."""
+        """Return the path of the checkpoint after ``step`` steps."""
         return self.path / f"step-{step:08d}.h5"
 
     def list(self) -> list[tuple[int, Path]]:
-        """(step, path) of every checkpoint, newest first."""
+        """Return (step, path) of every checkpoint, newest first."""
         if not self.path.is_dir():
             return []
         with told(self.path, "read"):
@@ -217,7 +217,7 @@ class CheckpointFolder:
         return sorted(((int(match[1]), path) for match, path in found if match), reverse=True)
 
     def newest_valid(self, with_state: bool = True) -> tuple[Path, Checkpoint] | None:
-        """The newest checkpoint that is whole; damaged ones are named and passed over. None where there is none.
+        """Return the newest checkpoint that is whole, or None where there is none; damaged ones are logged and skipped.
 
         Raises UserError where there are checkpoints, and all are damaged.
         """
@@ -240,7 +240,7 @@ class CheckpointFolder:
                 logger.info("%s is set aside as %s.superseded", path, path.name)
 
     def remove_leftovers(self) -> None:
-        """Delete what a killed writer left."""
+        """Delete the temporary files of a writer that was killed."""
         if self.path.is_dir():
             for path in self.path.glob(f"*{TEMPORARY_SUFFIX}"):
                 with told(path, "remove"):
@@ -249,7 +249,7 @@ class CheckpointFolder:
     def retain(self, keep_last: int, keep_every: int) -> None:
         """Delete all but the newest ``keep_last`` checkpoints and those of multiples of ``keep_every``.
 
-        Nothing is deleted unless the newest one is found whole on disk, and that one never.
+        Nothing is deleted unless the newest checkpoint is whole on disk, and that one is never deleted.
         """
         entries = self.list()
         surplus = [path for step, path in entries[max(1, keep_last) :] if not (keep_every and step % keep_every == 0)]
@@ -266,12 +266,13 @@ class CheckpointFolder:
 
 
 class CheckpointWriter:
-    """Saves checkpoints one at a time, in a thread if so wished.
+    """A writer that saves checkpoints one at a time, in a thread if asked to.
 
     Args:
-        folder: where to.
-        asynchronous: write in a thread; the checkpoint's arrays must then stay as they are.
-        keep_last, keep_every: see :meth:`CheckpointFolder.retain`.
+        folder: The folder that receives the checkpoints.
+        asynchronous: Whether to write in a thread; the checkpoint's arrays must then not change until it has ended.
+        keep_last: The number of newest checkpoints to keep; see :meth:`CheckpointFolder.retain`.
+        keep_every: The multiple of steps whose checkpoints are kept; see :meth:`CheckpointFolder.retain`.
     """
 
     def __init__(self, folder: CheckpointFolder, asynchronous: bool, keep_last: int, keep_every: int) -> None:
@@ -294,7 +295,7 @@ class CheckpointWriter:
         self._thread.start()
 
     def finish(self) -> None:
-        """Wait for the save under way. Raises UserError where it failed."""
+        """Wait for the save that is running, if any. Raises UserError where it failed."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None

@@ -1,8 +1,8 @@
-"""The container of datasets and checkpoints: HDF5 behind a 512-byte user block that vouches for it.
+"""The container of datasets and checkpoints: an HDF5 file behind a 512-byte user block with its digest.
 
 The user block holds a magic, the format version, the kind of content, and the length and SHA-256 of everything
-behind it, then zeros. It is checked before HDF5 sees the file, so any flipped byte is noticed; and because a digest
-only proves that a file is what its writer made, readers go by an allow-list: what they do not expect they refuse.
+behind it, then zeros. It is checked before HDF5 sees the file, so any flipped byte is noticed. A digest only proves
+that a file is what its writer made, so readers also go by an allow-list and refuse what they do not expect.
 """
 
 import contextlib
@@ -22,14 +22,14 @@ from numpy.typing import NDArray
 from hiermpi.errors import DamagedFile, UserError
 from hiermpi.files import told, write_bytes, write_whole
 
-import h5py  # isort: skip  (after hiermpi.storage has closed the plugin path)
+import h5py  # isort: skip  (hiermpi.storage must close the plugin path first)
 
 MAGIC = b"hiermpi\0"
 VERSION = 1
 USER_BLOCK = 512
 HEADER = struct.Struct("<8sI16sQ32s")
 IN_MEMORY_LIMIT = 1 << 30
-"""Containers up to this size are built and read in memory."""
+"""The largest container, in bytes, that is built and read in memory."""
 BLOCK = 1 << 24
 LIBVER = ("v110", "v110")
 LARGEST_ATTRIBUTE = 64 << 20
@@ -38,7 +38,7 @@ Fill = Callable[[h5py.File], None]
 
 
 class Header(NamedTuple):
-    """What a user block says."""
+    """The fields of a user block."""
 
     version: int
     kind: str
@@ -47,12 +47,18 @@ class Header(NamedTuple):
 
 
 def make_header(kind: str, length: int, sha256: bytes) -> bytes:
-    """The 512 bytes of a user block."""
+    """Make the 512 bytes of a user block.
+
+    Args:
+        kind: The kind of content.
+        length: The number of bytes behind the user block.
+        sha256: The SHA-256 of these bytes.
+    """
     return HEADER.pack(MAGIC, VERSION, kind.encode(), length, sha256).ljust(USER_BLOCK, b"\0")
 
 
 def build_image(kind: str, fill: Fill) -> memoryview:
-    """A container built in memory: no file system error can reach HDF5."""
+    """Build a container in memory, where no file system error can reach HDF5."""
     with h5py.File(
         "image", "w", driver="core", backing_store=False, libver=LIBVER, userblock_size=USER_BLOCK
     ) as file:
@@ -63,20 +69,20 @@ def build_image(kind: str, fill: Fill) -> memoryview:
 
 
 def write_image(path: Path, image: memoryview | bytes) -> None:
-    """Write a built container; whole or not at all. Raises UserError."""
+    """Write a built container; the file is whole or it is not made. Raises UserError."""
     write_whole(path, lambda descriptor: write_bytes(descriptor, image))
 
 
 def write_streamed(path: Path, kind: str, fill: Fill, size_hint: int) -> None:
-    """Write a container of any size in bounded memory; whole or not at all. Raises UserError.
+    """Write a container of any size in bounded memory; the file is whole or it is not made. Raises UserError.
 
-    The space is allocated first: a full disk is an error then, not a crash inside HDF5 later.
+    The space is allocated first, so that a full disk is an error then and not a crash inside HDF5 later.
 
     Args:
-        path: of the container.
-        kind: of content.
-        fill: makes the content.
-        size_hint: bytes of its data.
+        path: The file to make.
+        kind: The kind of content.
+        fill: The function that writes the content.
+        size_hint: The size of the content's data in bytes.
     """
 
     def write(descriptor: int) -> None:
@@ -96,9 +102,9 @@ def write_streamed(path: Path, kind: str, fill: Fill, size_hint: int) -> None:
 
 
 class AllocatedFile:
-    """A file whose space is allocated beforehand, to HDF5 as long as what was written to it.
+    """A file whose space is allocated beforehand, and which HDF5 sees only as long as what was written to it.
 
-    HDF5 crashes where a write fails at the wrong moment, so it is told that all went well; :meth:`require_written`
+    HDF5 crashes where a write fails at the wrong moment, so every write reports success to it; :meth:`require_written`
     raises the first error afterwards.
     """
 
@@ -144,7 +150,7 @@ class AllocatedFile:
 
 @contextlib.contextmanager
 def open_container(path: Path, kind: str) -> "Iterator[Reader]":
-    """A reader of the container at ``path``, of which every byte is as written. Raises UserError, DamagedFile."""
+    """Open a reader of the container at ``path``, after a check of all its bytes. Raises UserError, DamagedFile."""
     with contextlib.ExitStack() as stack:
         with reading(path):
             raw = stack.enter_context(open_file(path))
@@ -169,16 +175,16 @@ def reading(path: Path) -> Iterator[None]:
 
 
 def open_file(path: Path) -> io.FileIO:
-    """A regular file, opened for reading. Raises UserError, OSError."""
+    """Open a regular file for reading. Raises UserError, OSError."""
     if path.is_dir():
         raise UserError(f"{path} is a folder: name a file")
-    if path.exists() and not path.is_file():  # to open a pipe is to wait for its writer
+    if path.exists() and not path.is_file():  # opening a pipe would wait for its writer
         raise UserError(f"{path} is not a regular file: name a file")
     return open(path, "rb", buffering=0)
 
 
 def read_header(raw: io.FileIO, path: Path) -> Header:
-    """The user block of an open file, checked against its length. Raises DamagedFile."""
+    """Read the user block of an open file and check it against the file's length. Raises DamagedFile."""
     block = raw.read(USER_BLOCK) or b""
     if not block.startswith(MAGIC):
         raise DamagedFile(f"{path} is not a file of hiermpi: make datasets with hiermpi prepare")
@@ -201,7 +207,7 @@ def read_header(raw: io.FileIO, path: Path) -> Header:
 
 
 def verify(path: Path) -> Header:
-    """The header of a container of which every byte is as written. Raises UserError, DamagedFile."""
+    """Check all bytes of a container against its digest, and return its header. Raises UserError, DamagedFile."""
     with reading(path), open_file(path) as raw:
         header = read_header(raw, path)
         _require_digest(_digest_of(raw, header.length), header, path)
@@ -209,7 +215,7 @@ def verify(path: Path) -> Header:
 
 
 def kind_of(path: Path) -> str:
-    """The kind that a container says it is. Raises UserError, DamagedFile."""
+    """Return the kind of content that a container's header states. Raises UserError, DamagedFile."""
     with reading(path), open_file(path) as raw:
         return read_header(raw, path).kind
 
@@ -217,7 +223,7 @@ def kind_of(path: Path) -> str:
 def _open_checked(raw: io.FileIO, header: Header, path: Path) -> h5py.File:
     source: io.BytesIO | io.FileIO = raw
     if header.length <= IN_MEMORY_LIMIT:
-        # One read: what is checked is what is opened.
+        # The file is read once, so that the bytes that were checked are the bytes that are opened.
         source = image = _image_of(raw, USER_BLOCK + header.length)
         with image.getbuffer() as view:
             _require_digest(hashlib.sha256(view[USER_BLOCK:]).digest(), header, path)
@@ -225,7 +231,7 @@ def _open_checked(raw: io.FileIO, header: Header, path: Path) -> h5py.File:
         _require_digest(_digest_of(raw, header.length), header, path)
     try:
         return h5py.File(source, "r")
-    except Exception:  # noqa: BLE001  (whatever HDF5 thinks of it)
+    except Exception:  # noqa: BLE001  (HDF5 may raise anything over a malformed file)
         raise DamagedFile(f"{path} is not valid HDF5 behind its user block: make it again") from None
 
 
@@ -235,7 +241,7 @@ def _close(file: h5py.File) -> None:
 
 
 def _image_of(raw: io.FileIO, size: int) -> io.BytesIO:
-    """The first ``size`` bytes of a file; zeros where it has become shorter."""
+    """Return the first ``size`` bytes of a file, with zeros where it has become shorter."""
     image = io.BytesIO()
     image.seek(size - 1)
     image.write(b"\0")
@@ -266,15 +272,15 @@ def _require_digest(found: bytes, header: Header, path: Path) -> None:
 
 
 class Reader:
-    """Reads what is expected from an open container, and refuses the rest. Raises DamagedFile.
+    """A reader that returns what is expected from an open container, and refuses the rest. Raises DamagedFile.
 
-    Whatever HDF5 raises over a malformed file becomes a refusal, and all datasets together may not be larger than
-    the file, so that no file makes its reader allocate more than its own size.
+    Whatever HDF5 raises over a malformed file becomes a refusal. All datasets together may not be larger than the file,
+    so that no file makes its reader allocate more than its own size.
 
     Args:
-        file: open.
-        path: of the file, for messages.
-        sha256: hex digest of the content, its identity.
+        file: The open HDF5 file.
+        path: The path of the file, for messages.
+        sha256: The hex digest of the content, which identifies it.
     """
 
     def __init__(self, file: h5py.File, path: Path, sha256: str) -> None:
@@ -284,11 +290,11 @@ class Reader:
         self._left = file.id.get_filesize()
 
     def refuse(self, what: str) -> DamagedFile:
-        """The error that says ``what`` is wrong with the content."""
+        """Make the error that says ``what`` is wrong with the content."""
         return DamagedFile(f"{self.path}: {what}: make it again")
 
     def names(self, group: str) -> list[str]:
-        """Names in ``group``, all of them hard links."""
+        """Return the names in ``group``, all of which must be hard links."""
         with self._asking(f"/{group}"):
             node = self._node(group)
             if not isinstance(node, h5py.Group):
@@ -301,12 +307,18 @@ class Reader:
             return names
 
     def has(self, name: str) -> bool:
-        """Whether the root has an entry of this name."""
+        """Return whether the root has an entry of this name."""
         with self._asking(f"/{name}"):
             return name in self.file
 
     def dataset(self, name: str, dtypes: tuple[str, ...], ndim: int | None = None) -> h5py.Dataset:
-        """The dataset ``name``: plain numbers of one of ``dtypes``, stored in this very file, unfiltered."""
+        """Return a dataset that holds plain numbers, is stored in this very file and has no filters.
+
+        Args:
+            name: The name of the dataset.
+            dtypes: The names of the allowed types.
+            ndim: The number of dimensions that it must have; None allows any.
+        """
         with self._asking(f"/{name}"):
             node = self._node(name)
             if not isinstance(node, h5py.Dataset):
@@ -324,12 +336,24 @@ class Reader:
             return node
 
     def block(self, node: h5py.Dataset, start: int, stop: int) -> NDArray[Any]:
-        """Entries ``start`` to ``stop`` of a dataset of :meth:`dataset`."""
+        """Read the entries from ``start`` up to ``stop`` of a dataset.
+
+        Args:
+            node: A dataset that :meth:`dataset` returned.
+            start: The index of the first entry.
+            stop: The index behind the last entry.
+        """
         with self._asking(node.name):
             return node[start:stop]
 
     def array(self, name: str, dtypes: tuple[str, ...], ndim: int | None = None) -> NDArray[Any]:
-        """The dataset ``name``, read."""
+        """Read a whole dataset into an array.
+
+        Args:
+            name: The name of the dataset.
+            dtypes: The names of the allowed types.
+            ndim: The number of dimensions that it must have; None allows any.
+        """
         node = self.dataset(name, dtypes, ndim)
         with self._asking(f"/{name}"):
             values = np.empty(node.shape, node.dtype)
@@ -338,21 +362,21 @@ class Reader:
             return values
 
     def text(self, name: str) -> str:
-        """A text attribute of the root."""
+        """Return a text attribute of the root."""
         value = self._attribute(name)
         if not isinstance(value, str):
             raise self.refuse(f"the attribute {name} is not a text")
         return value
 
     def integer(self, name: str) -> int:
-        """An integer attribute of the root, at least 0."""
+        """Return an integer attribute of the root, which must be at least 0."""
         value = self._attribute(name)
         if not isinstance(value, np.integer | int) or value < 0:
             raise self.refuse(f"the attribute {name} is not a count")
         return int(value)
 
     def number(self, name: str) -> float:
-        """A numeric attribute of the root."""
+        """Return a numeric attribute of the root."""
         value = self._attribute(name)
         if not isinstance(value, np.floating | np.integer | float | int):
             raise self.refuse(f"the attribute {name} is not a number")

@@ -1,4 +1,4 @@
-"""Datasets: token ids of a corpus, with the symmetry class and the frequency of each id."""
+"""Datasets hold the token ids of a corpus, with the symmetry class and the frequency of each id."""
 
 import json
 from collections.abc import Sequence
@@ -17,19 +17,19 @@ import h5py  # isort: skip
 
 SPLITS = ("train", "val")
 IN_MEMORY_LIMIT = 1 << 30
-"""Splits up to this many bytes are kept in memory; larger ones are read slice by slice."""
+"""The largest split, in bytes, that is kept in memory; larger ones are read slice by slice."""
 BLOCK = 1 << 22
 CHUNK = 1 << 19
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
-    """The smallest stored type that holds every token id."""
+    """Return the smallest stored type that holds every token id."""
     return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
 
 
 @dataclass(frozen=True)
 class DatasetContent:
-    """What goes into a dataset besides the tokens."""
+    """The content of a dataset besides the tokens."""
 
     vocab_size: int
     symmetry_order: int
@@ -38,11 +38,20 @@ class DatasetContent:
     tokenizer: str
     sources: Sequence[str]
     split_bytes: dict[str, int]
-    """Bytes of text behind each split."""
+    """The size of the text of each split in bytes."""
 
 
 def write_dataset(path: Path, content: DatasetContent, spools: dict[str, Path]) -> None:
-    """Write a dataset whose tokens lie as raw :func:`token_dtype` in one file per split. Raises UserError."""
+    """Write a dataset from one file of raw :func:`token_dtype` tokens per split.
+
+    Args:
+        path: The dataset to make.
+        content: Everything in the dataset besides the tokens.
+        spools: The files of raw tokens by split.
+
+    Raises:
+        UserError: The dataset cannot be written.
+    """
     dtype = token_dtype(content.vocab_size)
 
     def fill(file: h5py.File) -> None:
@@ -67,14 +76,20 @@ def write_dataset(path: Path, content: DatasetContent, spools: dict[str, Path]) 
 
 
 class TokenDataset:
-    """A dataset, checked and open for reading.
+    """A dataset that was checked and is open for reading.
 
     Attributes:
-        path: of the file.
-        sha256: hex digest of its content, its identity.
-        vocab_size, symmetry_order, tokenizer (JSON), sources, bytes, train_bytes, val_bytes: its attributes.
-        symmetry_group: (V,) class of each token id.
-        counts: (V,) corpus frequency of each token id.
+        path: The path of the file.
+        sha256: The hex digest of the content, which identifies it.
+        vocab_size: The number of token ids, V.
+        symmetry_order: The number of symmetry classes.
+        tokenizer: The tokenizer as JSON.
+        sources: The names of the sources as JSON.
+        bytes: The size of the whole text in bytes.
+        train_bytes: The size of the training text in bytes.
+        val_bytes: The size of the validation text in bytes.
+        symmetry_group: (V,) The class of each token id.
+        counts: (V,) The frequency of each token id in the corpus.
     """
 
     def __init__(self, path: Path) -> None:
@@ -102,11 +117,20 @@ class TokenDataset:
             raise
 
     def length(self, split: str) -> int:
-        """Tokens in ``split``."""
+        """Return the number of tokens in ``split``."""
         return len(self._tokens[split])
 
     def read(self, split: str, starts: NDArray[np.int64], length: int) -> NDArray[np.int32]:
-        """(len(starts), length) token ids of ``split`` from each of ``starts`` on."""
+        """Read token ids of a split.
+
+        Args:
+            split: The name of the split.
+            starts: The index of the first token of each sequence.
+            length: The number of tokens in a sequence.
+
+        Returns:
+            The token ids, of shape (len(starts), length).
+        """
         tokens = self._tokens[split]
         if isinstance(tokens, np.ndarray):
             return np.lib.stride_tricks.sliding_window_view(tokens, length)[starts].astype(np.int32)
@@ -114,13 +138,13 @@ class TokenDataset:
         return np.array(rows, np.int32).reshape(len(starts), length)
 
     def in_memory(self, split: str) -> NDArray[np.unsignedinteger] | None:
-        """All token ids of ``split`` as they are stored, where they are held in memory."""
+        """Return all token ids of ``split`` as they are stored, or None where they are not held in memory."""
         tokens = self._tokens[split]
         return tokens if isinstance(tokens, np.ndarray) else None
 
     @property
     def kept_bytes(self) -> int:
-        """Bytes of tokens that are held in memory."""
+        """The size in bytes of the tokens that are held in memory."""
         return sum(tokens.nbytes for tokens in self._tokens.values() if isinstance(tokens, np.ndarray))
 
     def close(self) -> None:
@@ -163,5 +187,5 @@ class TokenDataset:
 
 
 def open_dataset(path: Path) -> TokenDataset:
-    """The dataset at ``path``. Raises UserError, DamagedFile."""
+    """Open and check the dataset at ``path``. Raises UserError, DamagedFile."""
     return TokenDataset(Path(path))

@@ -1,4 +1,4 @@
-"""The folder of a run: config.toml, metrics.jsonl, ranks.jsonl, reductions.json, checkpoints/, errors/, STOP, DONE."""
+"""A run folder holds config.toml, metrics.jsonl, ranks.jsonl, reductions.json, checkpoints/, errors/, STOP and DONE."""
 
 import json
 import math
@@ -13,10 +13,10 @@ from hiermpi.storage.checkpoint import Checkpoint, CheckpointFolder
 
 
 class RunFolder:
-    """A run folder; constructing it touches nothing.
+    """The folder of a run; its constructor touches no file.
 
     Args:
-        path: of the folder.
+        path: The path of the folder.
     """
 
     def __init__(self, path: Path | str) -> None:
@@ -28,7 +28,7 @@ class RunFolder:
         self.reductions = self.path / "reductions.json"
 
     def prepare(self) -> None:
-        """Make the folder, and make sure that it can be written. Raises UserError."""
+        """Make the folder and check that it can be written. Raises UserError."""
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"{self.path} is a file: name a folder with --run")
         with told(self.path, "make the run folder"):
@@ -39,7 +39,7 @@ class RunFolder:
         self.checkpoints.remove_leftovers()
 
     def newest_checkpoint(self) -> tuple[Path, Checkpoint]:
-        """The newest whole checkpoint, without its moments. Raises UserError where there is none."""
+        """Return the newest whole checkpoint, without the optimizer's state. Raises UserError where there is none."""
         found = self.checkpoints.newest_valid(with_state=False)
         if found is None:
             raise UserError(f"{self.path} holds no checkpoint: name a run folder of hiermpi train, or a file")
@@ -55,17 +55,17 @@ class RunFolder:
             file.write(json.dumps(finite(row), allow_nan=False) + "\n")
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """The rows of metrics.jsonl; a torn last line is left out."""
+        """Return the rows of metrics.jsonl; a torn last line is left out."""
         return list(_rows(self.metrics))
 
     def truncate_metrics(self, step: int) -> None:
-        """Drop the rows after ``step``, and a torn last line; whole or not at all."""
+        """Drop the rows after ``step`` and a torn last line; the file is replaced whole or not at all."""
         if self.metrics.exists():
             kept = [row for row in _rows(self.metrics) if row["step"] <= step]
             self._write(self.metrics, lines(kept))
 
     def set_aside_after(self, step: int) -> None:
-        """Rename what the run has beyond ``step``: newer checkpoints, and the metrics as they were (a copy stays)."""
+        """Rename checkpoints newer than ``step``, and copy the metrics as they are to a file that stays."""
         self.checkpoints.set_aside_after(step)
         if self.metrics.exists():
             aside = self.metrics.with_name(self.metrics.name + ".superseded")
@@ -76,18 +76,18 @@ class RunFolder:
         self._write(self.path / "ranks.jsonl", lines(records))
 
     def read_ranks(self) -> list[dict[str, Any]]:
-        """The records of ranks.jsonl."""
+        """Return the records of ranks.jsonl."""
         return list(_rows(self.path / "ranks.jsonl"))
 
     def write_error(self, rank: int, text: str) -> Path:
-        """Write the traceback of a rank into errors/; return its path."""
+        """Write the traceback of a rank into errors/, and return its path."""
         path = self.path / "errors" / f"rank-{rank:04d}.txt"
         path.parent.mkdir(exist_ok=True)
         path.write_text(text, encoding="utf-8")
         return path
 
     def read_reductions(self) -> dict[str, str]:
-        """The reductions chosen by time at earlier starts, by layout of the ranks. Raises UserError."""
+        """Return the reductions that earlier starts chose by time, by the layout of the ranks. Raises UserError."""
         if not self.reductions.exists():
             return {}
         with told(self.reductions, "read"):
@@ -101,28 +101,28 @@ class RunFolder:
         return found
 
     def keep_reduction(self, layout: str, name: str) -> None:
-        """Add a choice to reductions.json."""
+        """Add the reduction ``name``, chosen by time for ``layout``, to reductions.json."""
         self._write(self.reductions, json.dumps(self.read_reductions() | {layout: name}, indent=1) + "\n")
 
     def mark_done(self, text: str) -> None:
-        """Write DONE: the run is complete."""
+        """Write the file DONE, which says that the run is complete."""
         self._write(self.done, text)
 
     def is_done(self) -> bool:
-        """Whether DONE is there."""
+        """Return whether the file DONE exists."""
         return self.done.exists()
 
     def clear_done(self) -> None:
-        """Remove DONE: the run goes on."""
+        """Remove the file DONE, because the run goes on."""
         with told(self.done, "remove"):
             self.done.unlink(missing_ok=True)
 
     def stop_requested(self) -> bool:
-        """Whether somebody made the file STOP."""
+        """Return whether the file STOP exists."""
         return self.stop.exists()
 
     def clear_stop(self) -> None:
-        """Remove STOP."""
+        """Remove the file STOP."""
         with told(self.stop, "remove"):
             self.stop.unlink(missing_ok=True)
 
@@ -131,7 +131,7 @@ class RunFolder:
 
 
 def finite(value: Any) -> Any:
-    """``value`` with every number that is not finite replaced by None."""
+    """Return ``value`` with every number that is not finite replaced by None."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
@@ -140,7 +140,7 @@ def finite(value: Any) -> Any:
 
 
 def lines(rows: Iterable[Mapping[str, Any]]) -> str:
-    """One JSON object a line."""
+    """Return a text with one JSON object per line."""
     return "".join(json.dumps(finite(row), allow_nan=False) + os.linesep for row in rows)
 
 

@@ -1,1 +1,1 @@
-"""The trainer: where model, hierarchy, communication and storage meet."""
+"""The package trains and evaluates; here model, hierarchy, communication and storage meet."""

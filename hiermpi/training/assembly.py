@@ -1,7 +1,7 @@
-"""One function that puts a rank together: for ``train``, ``evaluate``, ``bench`` and the tests.
+"""One function assembles the parts of a rank for ``train``, ``evaluate``, ``bench`` and the tests.
 
-What a run is made of is named in its configuration. Objects of the user's own, given through the Python API, come in as
-:class:`Choices` and take the place of the names.
+The configuration names the parts of a run. Objects of the user's own, given through the Python API, replace these names
+as :class:`Choices`.
 """
 
 import dataclasses
@@ -50,7 +50,7 @@ logger = logging.getLogger("hiermpi")
 
 
 class Choices(NamedTuple):
-    """Objects of the user's own in place of what the configuration names; None where the name counts."""
+    """Objects of the user's own that replace what the configuration names; None keeps the name."""
 
     family: Any = None
     rule: Any = None
@@ -59,17 +59,17 @@ class Choices(NamedTuple):
 
 
 class Corpus(TokenSource, Protocol):
-    """What a rank needs of a dataset."""
+    """The properties of a dataset that a rank needs."""
 
     symmetry_group: NDArray[np.uint8]
-    """(V,) symmetry class of each token id."""
+    """The (V,) symmetry class of each token id."""
     counts: NDArray[np.int64]
-    """(V,) corpus frequency of each token id."""
+    """The (V,) frequency of each token id in the corpus."""
 
 
 @dataclass(frozen=True)
 class Rank:
-    """Everything that a rank holds to train or to evaluate."""
+    """The parts that a rank holds to train or to evaluate."""
 
     config: Config
     comms: Communicators
@@ -80,17 +80,17 @@ class Rank:
     ownership: Ownership
     reduction: Reduction
     reduction_name: str
-    """What the setting calls the reduction."""
+    """The name of the reduction in the setting."""
     timed: Mapping[str, float]
-    """The seconds of each reduction, where one was chosen by time."""
+    """The measured seconds of each reduction, where one was chosen by time."""
     model: Model
     outside_model: str
     """How messages call the model's family, where it comes from outside the package; else empty."""
     slots: ComputeSlots
     optimizer: Optimizer | None
-    """On the root and on owners."""
+    """The optimizer on the root and on owners; None elsewhere."""
     learning_rate: Callable[[int], float]
-    """Of the step that follows so many finished ones."""
+    """The learning rate of a step as a function of the number of finished steps."""
     scatter: Scatter
     phases: Phases
     stopping: StopRequests
@@ -107,14 +107,14 @@ class Rank:
         return found
 
     def batch_source(self, data: Corpus) -> BatchSource:
-        """Make the source of the batches from ``data``; at the root."""
+        """Make the source of the batches from ``data``; only the root calls this."""
         config = self.config
         sampler = Sampler(data.length("train"), config.model.context_length, config.train.seed)
         router = Router(self.comms.topology, self.routing, data.symmetry_group, data.counts, routed_together(config))
         return BatchSource(data, sampler, router, self.model.parameters.row_of_token, config.train.batch_size)
 
     def free(self) -> None:
-        """Free what was made, but for the communicators. Collective over the hierarchy."""
+        """Free everything except the communicators. Collective over the hierarchy."""
         self.reduction.free()
 
 
@@ -131,7 +131,7 @@ def assemble(
     faults: Sequence[Fault] = (),
     training: bool = True,
 ) -> Rank:
-    """Put a rank together. Collective over the hierarchy.
+    """Assemble the parts of a rank. Collective over the hierarchy.
 
     Args:
         config: The resolved configuration, the same on every rank.
@@ -141,12 +141,12 @@ def assemble(
         progress: The counts of ``state``, on every rank.
         choices: Objects of the user's own.
         known: The reduction that an earlier start chose by time.
-        stopping: This rank's requests to stop.
-        faults: The faults to be made to happen.
-        training: Whether the rank is to train; else it has no optimizer and no memory for one.
+        stopping: The requests to stop on this rank.
+        faults: The faults to inject.
+        training: Whether the rank is to train; otherwise it has no optimizer and no memory for one.
 
     Raises:
-        UserError: On every rank.
+        UserError: A part cannot be made; every rank raises it.
     """
     choices = choices or Choices()
     progress = dataclasses.replace(progress) if progress else Progress()
@@ -232,7 +232,13 @@ def require_rates(config: Config, schedule: Schedule) -> None:
 
 
 def symmetry_classes(config: Config, comms: Communicators, data: Corpus | None) -> NDArray[np.uint8]:
-    """Give every rank the (V,) symmetry class of each token id. Collective over the hierarchy."""
+    """Give every rank the (V,) symmetry class of each token id. Collective over the hierarchy.
+
+    Args:
+        config: The resolved configuration.
+        comms: The hierarchy.
+        data: The dataset, at the root; None elsewhere.
+    """
     shape = config.model
     classes = symmetry_groups(data.symmetry_group if data else None, shape.vocab_size, shape.symmetry_order)
     hand_down(comms, classes)
@@ -240,13 +246,13 @@ def symmetry_classes(config: Config, comms: Communicators, data: Corpus | None) 
 
 
 def use_threads(threads: int, comms: Communicators) -> None:
-    """Give this rank's BLAS its threads; warn where the ranks of the node then have more than its cores."""
+    """Set the threads of this rank's BLAS, and warn where the ranks of the node then have more threads than cores."""
     if threads == 1:
         return
     from threadpoolctl import threadpool_limits
 
     threadpool_limits(threads, user_api="blas")
-    load_kernels().own_products = False  # they know one thread
+    load_kernels().own_products = False  # hiermpi's own kernels use one thread
     cores = os.cpu_count() or 1
     if comms.rank == 0 and comms.node.size * threads > cores:
         logger.warning(
@@ -259,9 +265,10 @@ def use_threads(threads: int, comms: Communicators) -> None:
 
 
 def require_one_kind(comms: Communicators) -> None:
-    """Refuse ranks whose kernels or BLAS differ: they would not compute the same bits. Collective over the world.
+    """Refuse ranks whose kernels or BLAS differ, since their results would differ in bits. Collective over the world.
 
-    Raises UserError on every rank.
+    Raises:
+        UserError: Two ranks differ; every rank raises it.
     """
     kinds = gather_objects(comms.world, arithmetic(), comms.waiter)
     with agreed(comms.world, comms.waiter):
@@ -275,7 +282,7 @@ def require_one_kind(comms: Communicators) -> None:
 
 
 def arithmetic() -> str:
-    """Say what this rank's results depend on: its kernels, and its BLAS with the processor that it is tuned for."""
+    """Describe what this rank's results depend on: its kernels, and its BLAS with the processor it is tuned for."""
     from threadpoolctl import threadpool_info
 
     libraries = {

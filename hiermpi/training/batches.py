@@ -1,4 +1,4 @@
-"""The root's side of a batch: draw, read, route, map to rows; and a leaf's side: rows to micro-batches."""
+"""The root draws, reads and routes batches and maps them to rows; a leaf makes micro-batches of its rows."""
 
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
@@ -12,17 +12,23 @@ from hiermpi.kernels.loops import Dealt
 from hiermpi.model.contract import IGNORED_TARGET, Batch
 
 LEARNED_FROM = 512
-"""Units, at most, that the router learns from."""
+"""The largest number of units from which the router learns."""
 
 
 class TokenSource(Protocol):
-    """What a batch source needs of a dataset."""
+    """The methods of a dataset that a batch source needs."""
 
     def length(self, split: str) -> int:
-        """Tokens in ``split``."""
+        """Return the number of tokens in ``split``."""
 
     def read(self, split: str, starts: NDArray[np.int64], length: int) -> NDArray[np.int32]:
-        """(len(starts), length) token ids of ``split``."""
+        """Read token ids of a split, as (len(starts), length).
+
+        Args:
+            split: The name of the split.
+            starts: The index of the first token of each sequence.
+            length: The number of tokens in a sequence.
+        """
 
 
 @runtime_checkable
@@ -30,7 +36,7 @@ class KeptTokens(Protocol):
     """A dataset that may hold a split in memory."""
 
     def in_memory(self, split: str) -> NDArray[np.unsignedinteger] | None:
-        """All token ids of ``split`` as they are stored; None where they are on disk."""
+        """Return all token ids of ``split`` as they are stored, or None where they are on disk."""
 
 
 @dataclass(frozen=True)
@@ -38,21 +44,21 @@ class PreparedBatch:
     """A batch that is ready to leave the root."""
 
     cursor: int
-    """Of the sampler, before this batch."""
+    """The sampler's cursor before this batch."""
     next_cursor: int
     records: NDArray[np.int32]
     dealt: Dealt
 
 
 class BatchSource:
-    """Prepares the batches of a training run, one ahead. Has the router look at some sequences first.
+    """A source that prepares the batches of a training run one ahead. The router first learns from some sequences.
 
     Args:
-        tokens: the dataset.
-        sampler: which sequences come when.
-        router: which leaf computes them.
-        row_of_token: (V,) row of the model's table for each token id.
-        batch_size: sequences per batch.
+        tokens: The dataset.
+        sampler: The sampler, which decides which sequences come when.
+        router: The router, which decides which leaf computes them.
+        row_of_token: (V,) The row of the model's table for each token id.
+        batch_size: The number of sequences per batch.
     """
 
     def __init__(
@@ -77,27 +83,27 @@ class BatchSource:
             router.learn(self._first_counts())
 
     def take(self, cursor: int) -> PreparedBatch:
-        """The batch at ``cursor``; at once if :meth:`prepare` was called for it."""
+        """Return the batch at ``cursor``, at once if :meth:`prepare` was called for it."""
         self.prepare(cursor)
         assert self._ready is not None
         return self._ready
 
     def prepare(self, cursor: int) -> None:
-        """Have the batch at ``cursor`` ready."""
+        """Prepare the batch at ``cursor``, unless it is ready."""
         if self._ready is not None and self._ready.cursor == cursor:
             return
         records, counts = self._read(self.sampler.draw(cursor, self.batch_size))
         self._ready = PreparedBatch(cursor, cursor + len(records), records, self.router.route_counts(counts))
 
     def _read(self, drawn: Draw) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-        """The rows of a batch, and the router's counts; see :meth:`RecordReader.read`."""
+        """Read the rows of a batch, and the router's counts of them; see :meth:`RecordReader.read`."""
         if self._reader is not None:
             return self._reader.read(drawn)
         tokens = self.tokens.read("train", drawn.starts, self._length)
         return pack_records(drawn.sequence_ids, self.row_of_token[tokens]), self.router.counts(tokens[:, :-1])
 
     def _first_counts(self) -> NDArray[np.int32]:
-        """The router's counts of sequences that are the same in every run on this data, resumed ones included."""
+        """Return the router's counts of sequences that are the same in every run on this data, also after a resume."""
         unit = self.router.unit_size
         end, at_once = min(LEARNED_FROM * unit, self.sampler.n_sequences), max(self.batch_size // unit, 1) * unit
         drawn = (self.sampler.draw(first, min(at_once, end - first)) for first in range(0, end, at_once))
@@ -105,14 +111,14 @@ class BatchSource:
 
 
 class EvaluationSource:
-    """The windows over which a split is evaluated, as rows.
+    """A source of the windows over which a split is evaluated, as rows.
 
     Args:
-        tokens: the dataset.
-        split: ``train`` or ``val``.
-        context_length: targets per window, T.
-        row_of_token: (V,) row of the model's table for each token id.
-        limit: most windows; 0 covers the whole split.
+        tokens: The dataset.
+        split: The name of the split, ``train`` or ``val``.
+        context_length: The number of targets per window, T.
+        row_of_token: (V,) The row of the model's table for each token id.
+        limit: The largest number of windows; 0 covers the whole split.
     """
 
     def __init__(
@@ -133,7 +139,7 @@ class EvaluationSource:
         return len(self.windows.starts)
 
     def records(self, first: int, last: int) -> NDArray[np.int32]:
-        """(last - first, 2 + T + 1) rows of windows ``first`` to ``last``, padded with -1."""
+        """Return the (last - first, 2 + T + 1) rows of windows ``first`` to ``last``, padded with -1."""
         starts, lengths = self.windows.starts[first:last], self.windows.lengths[first:last]
         tokens = np.full((len(starts), self.context_length + 1), -1, np.int32)
         full = lengths == self.context_length
@@ -146,7 +152,13 @@ class EvaluationSource:
 
 
 def records_to_batch(records: NDArray[np.int32], seed: int, step: int) -> Batch:
-    """The model's view of the rows that a leaf received; entries below 0 become ignored targets."""
+    """Make the model's batch from the rows that a leaf received; entries below 0 become ignored targets.
+
+    Args:
+        records: The rows.
+        seed: The seed of the run.
+        step: The number of finished steps.
+    """
     ids, tokens = unpack_records(records)
     targets = np.where(tokens[:, 1:] < 0, IGNORED_TARGET, tokens[:, 1:])
     return Batch(np.maximum(tokens[:, :-1], 0), targets, ids, seed, step)

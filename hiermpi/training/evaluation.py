@@ -1,4 +1,4 @@
-"""Mean loss over a split: by this process alone, or dealt out evenly over the leaves of the hierarchy.
+"""The mean loss over a split is computed by this process alone, or by the leaves of the hierarchy in even parts.
 
 Windows are computed in units of a fixed size, and the sums of their losses are rounded so that they add up exactly: the
 result is the same to the last bit on any number of ranks.
@@ -28,27 +28,27 @@ if TYPE_CHECKING:
     from hiermpi.training.assembly import Rank
 
 EVALUATION_UNIT = 8
-"""Windows that are computed together, whatever the number of ranks."""
+"""The number of windows that are computed together, whatever the number of ranks."""
 UNITS_AT_ONCE = 4
-"""Units of each leaf in one exchange of ``evaluate``."""
+"""The number of units of each leaf in one exchange of ``evaluate``."""
 
 logger = logging.getLogger("hiermpi")
 
 
 class Evaluation(NamedTuple):
-    """The result over a split."""
+    """The result of an evaluation over a split."""
 
     loss: float
-    """The mean over tokens, in nats."""
+    """The mean loss over tokens, in nats."""
     tokens: int
 
     @property
     def perplexity(self) -> float:
-        """exp(loss), capped where a float ends."""
+        """The perplexity exp(loss), capped where a float overflows."""
         return exp(min(self.loss, 700.0))
 
     def bits_per_byte(self, tokens_per_byte: float) -> float:
-        """The bits that the model needs for a byte of the text."""
+        """Return the loss in bits per byte of the text."""
         return self.loss / log(2.0) * tokens_per_byte
 
 
@@ -77,14 +77,14 @@ def evaluate_alone(model: Model, source: EvaluationSource, outside: str = "") ->
 
 
 class Evaluator:
-    """Evaluates a model on the hierarchy, the windows dealt out evenly to the leaves.
+    """An evaluator of a model on the hierarchy, which distributes the windows evenly over the leaves.
 
     The constructor is collective over the hierarchy, like :meth:`evaluate`.
 
     Args:
-        rank: What this rank holds.
+        rank: The parts of this rank.
         source: The windows, at the root; None elsewhere.
-        batch_size: The windows of an exchange, rounded up to whole units for each leaf.
+        batch_size: The number of windows in an exchange, rounded up to whole units for each leaf.
     """
 
     def __init__(self, rank: "Rank", source: EvaluationSource | None, batch_size: int) -> None:
@@ -98,7 +98,7 @@ class Evaluator:
         self.n_windows = int(windows[0])
 
     def evaluate(self) -> Evaluation | None:
-        """Return the mean loss on every rank; None where some rank wants to stop."""
+        """Return the mean loss on every rank, or None where some rank wants to stop. Collective over the hierarchy."""
         total = np.zeros(2)
         for first in range(0, self.n_windows, self.batch_size):
             last = min(first + self.batch_size, self.n_windows)
@@ -147,10 +147,10 @@ def evaluate(
     Args:
         source: A run folder, whose newest checkpoint is taken, or the file of a checkpoint.
         data: The dataset.
-        split: ``train`` or ``val``.
+        split: The name of the split, ``train`` or ``val``.
         family: The model's family, where it comes from outside the package: a text or an object.
-        comm: The ranks that compute together; all of them call this function. None computes in this process, without
-            MPI.
+        comm: The communicator of the ranks that compute together, which all call this function; with None this process
+            computes alone, without MPI.
 
     Returns:
         The keys ``split``, ``loss`` (nats per token), ``perplexity``, ``bits_per_byte`` and ``tokens``; with ``comm``
@@ -210,7 +210,17 @@ def _evaluate_together(source: Path, data: Path, split: str, family: Any, comm: 
 
 
 def open_scored(source: Path, data: Path, split: str, family: Any) -> Scored:
-    """Open checkpoint and dataset and check that they fit. Raises UserError."""
+    """Open checkpoint and dataset, and check that they fit.
+
+    Args:
+        source: A run folder, or the file of a checkpoint.
+        data: The dataset.
+        split: The name of the split.
+        family: The model's family, where it comes from outside the package.
+
+    Raises:
+        UserError: Checkpoint and data do not fit, or cannot be read.
+    """
     from hiermpi.storage.checkpoint import model_config
     from hiermpi.storage.dataset import open_dataset
     from hiermpi.training.opening import open_checkpoint
@@ -238,7 +248,13 @@ def open_scored(source: Path, data: Path, split: str, family: Any) -> Scored:
 
 
 def result_of(evaluation: Evaluation, scored: Scored, split: str) -> Result:
-    """The result with the keys that ``--json`` prints."""
+    """Return the result with the keys that ``--json`` prints.
+
+    Args:
+        evaluation: The result over the split.
+        scored: The checkpoint and the data.
+        split: The name of the split.
+    """
     dataset = scored.dataset
     n_bytes = dataset.train_bytes if split == "train" else dataset.val_bytes
     return {

@@ -1,4 +1,4 @@
-"""What rank 0 checks and opens before any work: configuration, dataset, run folder, checkpoint, model family."""
+"""Rank 0 checks and opens before any work: configuration, dataset, run folder, checkpoint and model family."""
 
 import dataclasses
 import logging
@@ -24,27 +24,27 @@ from hiermpi.storage.dataset import TokenDataset, open_dataset
 from hiermpi.storage.run_folder import RunFolder
 
 FIXED_SETTINGS = ("model.", "train.batch_size", "train.seed", "optimizer.rule")
-"""Settings that a resumed run may not change; any other may, and the change is logged."""
+"""The settings that a resumed run may not change; any other may change, and the change is logged."""
 OLDER_SETTINGS = {"model.family": "gpt2", "model.options": {}, "optimizer.rule": "adamw"}
-"""What was in force when checkpoints did not name it yet."""
+"""The values of settings that older checkpoints do not name."""
 
 logger = logging.getLogger("hiermpi")
 
 
 @dataclass
 class OpenedRun:
-    """Everything that rank 0 holds for a run."""
+    """The objects that rank 0 holds for a run."""
 
     config: Config
-    """Resolved: the vocabulary size is the model's."""
+    """The resolved configuration: its vocabulary size is the model's."""
     dataset: TokenDataset
     folder: RunFolder
     checkpoint: Checkpoint | None
-    """Where to go on from; None starts afresh."""
+    """The checkpoint from which the run goes on; None starts from the beginning."""
     goes_back: bool
-    """The user asked for an earlier state: what the run has beyond it is set aside."""
+    """Whether the user asked for an earlier state, so that everything later in the run folder is set aside."""
     finished: bool
-    """The run is already done, there is nothing to do."""
+    """Whether the run is already done, so that there is nothing to do."""
 
 
 def open_run(config: Config, data: Path, run: Path, resume: str, family: Family, n_ranks: int) -> OpenedRun:
@@ -54,12 +54,12 @@ def open_run(config: Config, data: Path, run: Path, resume: str, family: Family,
         config: The configuration as the user gave it.
         data: The dataset.
         run: The run folder.
-        resume: ``auto``, ``none`` or the path of a checkpoint.
+        resume: The word ``auto``, ``none``, or the path of a checkpoint.
         family: The family of the model, which may refuse its settings.
         n_ranks: The number of ranks.
     """
     refuse_unavailable(config)
-    load_kernels()  # refuses a HIERMPI_KERNELS that this machine does not have
+    load_kernels()  # this refuses a HIERMPI_KERNELS that the processor does not have
     cores = os.cpu_count() or 1
     if config.run.threads_per_rank > cores:
         raise UsageError(f"run.threads_per_rank = {config.run.threads_per_rank}, but this node has {cores} cores")
@@ -67,7 +67,7 @@ def open_run(config: Config, data: Path, run: Path, resume: str, family: Family,
         raise UsageError(f"run.min_ranks = {config.run.min_ranks}, but there are {n_ranks} ranks: start more")
     dataset = open_dataset(data)
     config = fit_to_data(config, dataset)
-    specs_of(family, config.model)  # refuses settings that do not go together
+    specs_of(family, config.model)  # this refuses settings that do not go together
     folder = RunFolder(run)
     folder.prepare()
     checkpoint = find_checkpoint(folder, resume)
@@ -78,7 +78,7 @@ def open_run(config: Config, data: Path, run: Path, resume: str, family: Family,
 
 
 def refuse_unavailable(config: Config) -> None:
-    """Refuse settings that this version knows by name only. Raises UsageError."""
+    """Refuse settings that this version does not implement yet. Raises UsageError."""
     if config.run.on_failure == "shrink":
         raise UsageError(
             "run.on_failure = shrink is not available in this version: use abort, and start the same command again "
@@ -87,7 +87,7 @@ def refuse_unavailable(config: Config) -> None:
 
 
 def fit_to_data(config: Config, dataset: TokenDataset) -> Config:
-    """``config`` with the vocabulary size resolved. Raises UsageError where model and data do not agree."""
+    """Return ``config`` with the vocabulary size resolved. Raises UsageError where model and data do not agree."""
     model = config.model
     if model.symmetry_order != dataset.symmetry_order:
         raise UsageError(
@@ -108,7 +108,7 @@ def fit_to_data(config: Config, dataset: TokenDataset) -> Config:
 
 
 def find_checkpoint(folder: RunFolder, resume: str) -> Checkpoint | None:
-    """The checkpoint that ``--resume`` asks for. Raises UserError where it is missing or damaged."""
+    """Return the checkpoint that ``--resume`` asks for. Raises UserError where it is missing or damaged."""
     if resume == "none":
         return None
     if resume == "auto":
@@ -118,7 +118,16 @@ def find_checkpoint(folder: RunFolder, resume: str) -> Checkpoint | None:
 
 
 def require_same_run(config: Config, dataset: TokenDataset, checkpoint: Checkpoint) -> None:
-    """Refuse to resume into another model, batch, seed or dataset; log what else has changed."""
+    """Refuse to resume with another model, batch, seed or dataset, and log what else has changed.
+
+    Args:
+        config: The resolved configuration.
+        dataset: The dataset of this start.
+        checkpoint: The checkpoint from which the run goes on.
+
+    Raises:
+        UsageError: A setting or dataset that must not change differs from the checkpoint's.
+    """
     if not checkpoint.dataset_sha256:
         require_same_tokens(dataset, checkpoint.tokenizer)
     elif checkpoint.dataset_sha256 != dataset.sha256:
@@ -147,7 +156,7 @@ def require_same_tokens(dataset: TokenDataset, tokenizer: str) -> None:
 
 
 def describe_start(opened: OpenedRun) -> str:
-    """One line: afresh, or from where."""
+    """Describe in one line whether the run starts anew or from which checkpoint."""
     if opened.checkpoint is None:
         return f"starting {opened.folder.path}"
     if not opened.checkpoint.dataset_sha256:
@@ -202,15 +211,15 @@ def generate(
     Args:
         source: A run folder, whose newest checkpoint is taken, or the file of a checkpoint.
         prompt: The text, at least one character.
-        tokens: How many tokens to add.
-        temperature: 0 takes the likeliest token.
-        top_k: Choose among the k likeliest; 0 among all.
-        top_p: Choose among the likeliest that together have this probability.
+        tokens: The number of tokens to add.
+        temperature: The temperature of the choices; 0 takes the likeliest token.
+        top_k: The number of likeliest tokens to choose among; 0 allows all.
+        top_p: The probability that the likeliest tokens to choose among have together.
         seed: The seed of the choices.
         family: The model's family, where it comes from outside the package: a text or an object.
 
     Returns:
-        The prompt and what follows it.
+        The prompt and the text that follows it.
 
     Raises:
         UserError: The checkpoint cannot be used, or its model gives no logits.

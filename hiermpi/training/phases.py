@@ -1,9 +1,9 @@
-"""The phases of a step: where the time of a rank goes, and where faults are made to happen for tests.
+"""The phases of a step account for the time of a rank; tests can inject faults into them.
 
     HIERMPI_FAULT="raise:rank=4:step=7:phase=reduce"
 
 Several faults are separated by commas. Their kinds are ``raise`` (an exception), ``kill`` (SIGKILL), ``exit`` (code 3),
-``freeze`` (SIGSTOP), ``hang`` (sleep for ever), ``slow`` (sleep ``seconds``), ``signal`` (SIGUSR1 to oneself) and
+``freeze`` (SIGSTOP), ``hang`` (sleep for ever), ``slow`` (sleep ``seconds``), ``signal`` (SIGUSR1 to the rank) and
 ``nan`` (plant a NaN in the gradients of tensor number ``tensor``; phase ``compute`` only). ``step`` counts from 1.
 """
 
@@ -19,7 +19,7 @@ from hiermpi.errors import UsageError
 
 VARIABLE = "HIERMPI_FAULT"
 PHASES = ("batch", "scatter", "compute", "reduce", "optimize", "broadcast", "commit", "evaluate", "checkpoint")
-"""In the order of a step. Only the root has work in ``batch``, ``optimize`` and ``checkpoint``."""
+"""The names of the phases in the order of a step. Only the root works in ``batch``, ``optimize`` and ``checkpoint``."""
 KINDS = ("raise", "kill", "exit", "freeze", "hang", "slow", "signal", "nan")
 
 
@@ -29,7 +29,7 @@ class InjectedFault(RuntimeError):
 
 @dataclass(frozen=True)
 class Fault:
-    """One fault and when it happens."""
+    """A fault, with the rank, step and phase in which it happens."""
 
     kind: str
     rank: int = 0
@@ -39,7 +39,7 @@ class Fault:
     tensor: int = 0
 
     def happen(self) -> None:
-        """Make it happen, in this process."""
+        """Make the fault happen in this process."""
         if self.kind == "raise":
             raise InjectedFault(f"fault injected at step {self.step} in phase {self.phase}")
         if self.kind == "kill":
@@ -55,7 +55,7 @@ class Fault:
 
 
 def parse_faults(environment: Mapping[str, str]) -> tuple[Fault, ...]:
-    """Read the faults from the environment. Raises UsageError for a text that names none."""
+    """Read the faults from the environment. Raises UsageError for a text that describes none."""
     text = environment.get(VARIABLE, "")
     return tuple(_parse(entry) for entry in text.split(",") if entry)
 
@@ -83,11 +83,11 @@ def _parse(text: str) -> Fault:
 
 
 class Phases:
-    """Accounts time to phases, and makes the faults of this rank happen.
+    """A context that adds time to the phases, and makes the faults of this rank happen.
 
     Args:
         rank: The number of this rank.
-        waiter: The waiter of this rank, whose waits are told apart from work.
+        waiter: The waiter of this rank, whose waiting is accounted separately from work.
         faults: The faults of all ranks.
     """
 
@@ -99,11 +99,11 @@ class Phases:
         self.waits = dict.fromkeys(PHASES, 0.0)
         self.cpu = dict.fromkeys(PHASES, 0.0)
         self.waiting_cpu = 0.0
-        """CPU that the waits of all phases took."""
+        """The CPU seconds that the waiting in all phases took."""
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
-        """Account the body to phase ``name``."""
+        """Account the time of the body to phase ``name``."""
         self.waiter.phase = name
         self._trip(name)
         wall, waited, cpu = time.perf_counter(), self.waiter.seconds, time.process_time()
@@ -122,5 +122,5 @@ class Phases:
                 fault.happen()
 
     def planted_nan(self) -> Fault | None:
-        """The ``nan`` fault of this step, if there is one."""
+        """Return the ``nan`` fault of this step, or None where there is none."""
         return next((fault for fault in self.faults if fault.kind == "nan" and fault.step == self.step), None)

@@ -1,8 +1,8 @@
-"""What a run tells while it goes on, and what it saves. At the root only.
+"""The root records the steps of a run and saves its checkpoints.
 
 A :class:`Recorder` makes one row of each step and gives it to a list of sinks: ``metrics.jsonl``, the lines of the log,
-the progress bar, and whatever ``run.sinks`` names. One more sink is one class with the methods of :class:`Sink`, in a
-file of its own or of the user's.
+the progress bar, and the sinks that ``run.sinks`` names. Another sink is one class with the methods of :class:`Sink`,
+in a file of its own or of the user's.
 """
 
 import copy
@@ -31,41 +31,41 @@ logger = logging.getLogger("hiermpi")
 
 
 class Run(NamedTuple):
-    """What a sink is told of the run when it is opened."""
+    """The facts about the run that a sink receives when it is opened."""
 
     folder: Path
     config: Config
     first_step: int
-    """Steps that were finished before this start."""
+    """The number of steps that were finished before this start."""
 
 
 class Sink(Protocol):
-    """A place that a run is written to. A class whose instances have these methods; the constructor takes nothing.
+    """A sink receives the rows of a run. It is a class with these methods and a constructor without arguments.
 
-    A sink may also have ``ranks(records)``: it is then called at every log interval with one table for each rank, as in
-    ``ranks.jsonl``. What a sink raises ends the run.
+    A sink may also have ``ranks(records)``, which is called at every log interval with one table for each rank, as in
+    ``ranks.jsonl``. An exception in a sink ends the run.
     """
 
     def open(self, run: Run) -> None:
-        """Begin; called once, before the first step of this start."""
+        """Open the sink; this is called once, before the first step of this start."""
 
     def record(self, row: Mapping[str, Any]) -> None:
         """Write the row of a step, with the keys of ``metrics.jsonl``."""
 
     def close(self) -> None:
-        """End; called once, also after an error."""
+        """Close the sink; this is called once, also after an error."""
 
 
 @runtime_checkable
 class RanksSink(Protocol):
-    """A sink that wants to know of every rank."""
+    """A sink that also receives the records of every rank."""
 
     def ranks(self, records: Sequence[Mapping[str, Any]]) -> None:
-        """Write what the ranks told, in rank order."""
+        """Write the records of the ranks, which come in rank order."""
 
 
 class MetricsSink:
-    """Appends to ``metrics.jsonl``."""
+    """A sink that appends to ``metrics.jsonl``."""
 
     def open(self, run: Run) -> None:
         self._folder = RunFolder(run.folder)
@@ -74,11 +74,11 @@ class MetricsSink:
         self._folder.append_metrics(row)
 
     def close(self) -> None:
-        """There is nothing to close: each row is written at once."""
+        """Do nothing, since each row is written at once."""
 
 
 class CsvSink:
-    """Writes ``metrics.csv``: one line a step, for spreadsheets. A resumed run goes on in the same file."""
+    """A sink that writes ``metrics.csv``, with one line per step. A resumed run goes on in the same file."""
 
     COLUMNS = ("step", "loss", "val_loss", "learning_rate", "grad_norm", "tokens", "tokens_per_second", "step_seconds")
 
@@ -106,10 +106,10 @@ class CsvSink:
 
 
 class LogSink:
-    """Writes a line to the log now and then, and shows the steps in a bar on a terminal.
+    """A sink that writes a line to the log at intervals, and shows the steps in a bar on a terminal.
 
     Args:
-        bar: The bar; while it is live, it takes the place of the lines but those with a validation loss.
+        bar: The bar; while it is on a terminal, only the last line and lines with a validation loss are written.
     """
 
     def __init__(self, bar: ProgressBar) -> None:
@@ -210,11 +210,11 @@ class OutsideRanksSink(OutsideSink):
 
 
 class Recorder:
-    """Makes the rows and gives them to the sinks. A context that closes them.
+    """A context that makes the rows, gives them to the sinks, and closes the sinks at its end.
 
     Args:
-        run: What the sinks are told.
-        sinks: Where the rows go.
+        run: The facts that the sinks receive.
+        sinks: The sinks that receive the rows.
         phases: The phases of the root.
     """
 
@@ -228,7 +228,7 @@ class Recorder:
 
     @property
     def wants_ranks(self) -> bool:
-        """Whether some sink wants to know of every rank at each log interval."""
+        """Whether some sink wants the records of every rank at each log interval."""
         return any(isinstance(sink, RanksSink) for sink in self.sinks)
 
     def __enter__(self) -> "Recorder":
@@ -270,19 +270,19 @@ class Recorder:
             sink.record(row | {"stop": result.stop} if isinstance(sink, LogSink) else row)
 
     def ranks(self, records: Sequence[Mapping[str, Any]]) -> None:
-        """Give what the ranks told to the sinks that want it."""
+        """Give the records of the ranks to the sinks that want them."""
         for sink in self.sinks:
             if isinstance(sink, RanksSink):
                 sink.ranks(records)
 
 
 class Saver:
-    """Saves the run when it is due.
+    """A saver that writes checkpoints of the run when they are due.
 
     Args:
         folder: The folder of the run.
         config: The resolved configuration.
-        dataset: The dataset, whose identity and tokenizer go along.
+        dataset: The dataset, whose identity and tokenizer are saved with the model.
         step: The step that is saved already, or 0.
     """
 
@@ -301,14 +301,14 @@ class Saver:
         )
 
     def due(self, step: int) -> bool:
-        """Tell whether a checkpoint is due after ``step``."""
+        """Return whether a checkpoint is due after ``step``."""
         settings = self.config.checkpoint
         by_steps = settings.interval and step % settings.interval == 0
         by_time = settings.minutes and time.monotonic() - self._saved_at > 60 * settings.minutes
         return bool(by_steps or by_time)
 
     def save(self, loss: float, state: RunState) -> None:
-        """Start to save ``state``, whose last step had this loss."""
+        """Start to save ``state``, whose last step had the loss ``loss`` in nats per token."""
         progress = state.progress
         self._writer.save(
             Checkpoint(
@@ -329,6 +329,6 @@ class Saver:
         self._saved_at = time.monotonic()
 
     def finish(self) -> Path:
-        """Wait for the checkpoint under way; return the newest one's path. Raises UserError where it failed."""
+        """Wait for the checkpoint under way, and return the newest one's path. Raises UserError where it failed."""
         self._writer.finish()
         return self.folder.checkpoints.path_for(self._saved_step)

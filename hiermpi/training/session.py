@@ -1,4 +1,4 @@
-"""A training run on the ranks of a communicator, from its settings to its result."""
+"""A training run goes from its settings to its result on the ranks of a communicator."""
 
 import logging
 import os
@@ -23,7 +23,7 @@ from hiermpi.training.phases import Fault, parse_faults
 from hiermpi.training.state import Progress, RunState, gather_state
 from hiermpi.training.trainer import Trainer
 
-# Rank 0 alone imports the storage layer (opening, recording): h5py is paid once, not once per rank.
+# Only rank 0 imports the storage layer (opening, recording), so that one rank loads h5py, not all.
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -36,42 +36,42 @@ logger = logging.getLogger("hiermpi")
 
 @dataclass(frozen=True)
 class TrainResult:
-    """How a training run ended; the same on every rank, but for what only the root knows."""
+    """The result of a training run; it is the same on every rank, except for what only the root knows."""
 
     run: str
     step: int
-    """Steps finished."""
+    """The number of finished steps."""
     steps: int
-    """Steps of the whole run."""
+    """The number of steps of the whole run."""
     loss: float
-    """Of the last step that was not skipped, in nats per token; NaN where this start did none."""
+    """The loss of the last step that was not skipped, in nats per token; NaN where this start made none."""
     validation_loss: float | None
-    """Over the validation split; None where the run was stopped before."""
+    """The loss over the validation split, in nats per token; None where the run was stopped before."""
     bits_per_byte: float | None
-    """The same in bits per byte of the text."""
+    """The same loss in bits per byte of the text."""
     stopped: bool
-    """Whether somebody asked the run to stop; the same call again continues it."""
+    """Whether the run was asked to stop; the same call again continues it."""
     reason: str = ""
-    """What stopped it."""
+    """The request that stopped the run; empty where none did."""
     skipped: int = 0
-    """Steps that were skipped for a non-finite loss or gradient."""
+    """The number of steps that were skipped for a non-finite loss or gradient."""
     already_done: bool = False
-    """Whether the run was done before, and this start did nothing."""
+    """Whether the run was done before, so that this start did nothing."""
     checkpoint: str = ""
-    """The newest checkpoint (root only)."""
+    """The path of the newest checkpoint (root only)."""
     ranks: tuple[dict[str, Any], ...] = ()
-    """What each rank did, as in ``ranks.jsonl`` (root only)."""
+    """The record of each rank, as in ``ranks.jsonl`` (root only)."""
 
 
 @dataclass(frozen=True)
 class Start:
-    """What rank 0 tells the others before work begins."""
+    """The facts that rank 0 sends to the other ranks before work begins."""
 
     config: Config
     finished: bool
     progress: Progress
     reductions: dict[str, str]
-    """What ``hierarchy.reduction`` chose by time at earlier starts, by ranks and ranks per node."""
+    """The reductions that earlier starts chose by time for ``hierarchy.reduction``, by ranks and ranks per node."""
     faults: tuple[Fault, ...]
 
 
@@ -89,21 +89,25 @@ def train(
 ) -> TrainResult:
     """Train a model on the ranks of ``comm``, or go on with a run. Collective over ``comm``.
 
-    Nothing outlives the call: it finalizes no MPI, ends no process, and gives the signal handlers back.
+    The call leaves nothing behind: it finalizes no MPI, ends no process, and restores the signal handlers.
 
     Args:
         config: The settings; those of rank 0 count.
         data: The dataset, made by :func:`hiermpi.prepare` or ``hiermpi prepare``.
         run: The run folder, new or to be continued.
-        resume: ``auto`` goes on from the newest whole checkpoint of the run, ``none`` starts again, a path names one.
-        family: A model family of your own, in place of ``model.family``; an object, the same on every rank.
-        rule: An optimizer rule of your own, in place of ``optimizer.rule``.
-        reduction: A reduction of your own, in place of ``hierarchy.reduction``.
-        routing: A routing rule of your own, in place of ``hierarchy.routing``.
-        comm: The ranks; by default all that the launcher started.
+        resume: The word ``auto`` for the newest whole checkpoint of the run, ``none`` for a new start, or the path of a
+            checkpoint.
+        family: A model family of the user's own, in place of ``model.family``; an object, the same on every rank.
+        rule: An optimizer rule of the user's own, in place of ``optimizer.rule``.
+        reduction: A reduction of the user's own, in place of ``hierarchy.reduction``.
+        routing: A routing rule of the user's own, in place of ``hierarchy.routing``.
+        comm: The communicator of the ranks; by default all that the launcher started.
+
+    Returns:
+        The result, the same on every rank except for what only the root knows.
 
     Raises:
-        UserError: On every rank, where something the user gave is wrong, before any work.
+        UserError: An argument is wrong; every rank raises it before any work.
     """
     from mpi4py import MPI
 
@@ -119,7 +123,22 @@ def run_training(
     resume: str = "auto",
     choices: Choices | None = None,
 ) -> TrainResult:
-    """Do what :func:`train` does; ``make_config`` is called on rank 0 alone. Collective over ``world``."""
+    """Train as :func:`train` does, with a configuration that rank 0 alone makes. Collective over ``world``.
+
+    Args:
+        world: The communicator of the ranks.
+        make_config: The function that makes the configuration; it is called on rank 0 alone.
+        data: The dataset.
+        run: The run folder.
+        resume: The word ``auto``, ``none``, or the path of a checkpoint.
+        choices: Objects of the user's own.
+
+    Returns:
+        The result, the same on every rank except for what only the root knows.
+
+    Raises:
+        UserError: An argument is wrong; every rank raises it before any work.
+    """
     choices = choices or Choices()
     opened: list[OpenedRun] = []
 
@@ -154,7 +173,7 @@ def run_training(
 
 
 def stop_requests(config: Config, opened: "OpenedRun | None") -> StopRequests:
-    """Take the signals that ask for a stop; at the root also look at the STOP file and the time limit."""
+    """Make the handler of requests to stop, which at the root also looks at the STOP file and the time limit."""
     if opened is None:
         return StopRequests()
     return StopRequests(opened.folder.stop_requested, duration_seconds(config.run.time_limit))
@@ -164,12 +183,12 @@ class Session:
     """A run on one rank. The constructor and :meth:`run` are collective over the hierarchy.
 
     Args:
-        start: What rank 0 told.
+        start: The facts that rank 0 sent.
         comms: The hierarchy.
         run: The run folder.
-        opened: What rank 0 opened; None elsewhere.
+        opened: The objects that rank 0 opened; None elsewhere.
         choices: Objects of the user's own.
-        stopping: This rank's requests to stop.
+        stopping: The requests to stop on this rank.
     """
 
     def __init__(
@@ -215,7 +234,7 @@ class Session:
         self.evaluator = Evaluator(rank, windows, max(config.train.batch_size, comms.topology.n_leaves))
 
     def run(self) -> TrainResult:
-        """Train to the end or to a request to stop."""
+        """Train to the end or to a request to stop. Collective over the hierarchy."""
         recorder, saver = self._recording()
         if saver:
             self.trainer.save_due = saver.due
@@ -260,9 +279,9 @@ class Session:
         return False, None
 
     def _save(self, recorder: "Recorder | None", saver: "Saver | None", final: bool = False) -> None:
-        """Save the state at the root, unless it is on disk already.
+        """Save the state at the root, unless it is on disk already. Collective over the hierarchy.
 
-        With ``final`` all ranks wait until it is, and a failure is everyone's. Collective over the hierarchy.
+        With ``final`` all ranks wait until it is saved, and a failure is raised on every rank.
         """
         error = None
         unsaved = self.rank.progress.step != self._saved_step
@@ -284,7 +303,7 @@ class Session:
     def _finish(
         self, recorder: "Recorder | None", saver: "Saver | None", stopped: bool, evaluation: Evaluation | None
     ) -> TrainResult:
-        """Write what the ranks did, mark the run done or stopped, and tell every rank how it ended."""
+        """Write the ranks' records, mark the run done or stopped, and send the result to every rank."""
         records = self._gather_ranks() or []
         result = None
         with agreed(self.comms.world, self.comms.waiter):
@@ -314,13 +333,16 @@ class Session:
         return told if result is None else TrainResult(**{**vars(result), "ranks": tuple(records)})
 
     def _gather_ranks(self) -> list[dict[str, Any]] | None:
-        """One record of each rank at the root; None elsewhere. Collective over the world."""
+        """Return one record of each rank at the root, and None elsewhere. Collective over the world."""
         elapsed = time.perf_counter() - self.started
         record = rank_record(self.rank, self.trainer, self.start.progress.step, elapsed)
         return gather_objects(self.comms.world, record, self.comms.waiter)
 
     def _keep_reduction(self, layout: str) -> None:
-        """Keep a choice by time in the run folder, so that a resumed run sums in the same way. Collective."""
+        """Keep a choice by time in the run folder, so that a resumed run sums in the same way.
+
+        The call is collective over the world.
+        """
         seconds, name = self.rank.timed, self.rank.reduction_name
         with agreed(self.comms.world, self.comms.waiter):
             if self.opened and seconds:
@@ -329,7 +351,10 @@ class Session:
                 self.opened.folder.keep_reduction(layout, name)
 
     def _recording(self) -> "tuple[Recorder | None, Saver | None]":
-        """Make the root's recorder and saver, with the run folder brought back to the resumed step."""
+        """Make the root's recorder and saver, and bring the run folder back to the resumed step.
+
+        The call is collective over the world.
+        """
         made: list[tuple[Recorder, Saver]] = []
         with agreed(self.comms.world, self.comms.waiter):
             if self.opened is not None:
@@ -362,13 +387,13 @@ def warn_of_unread(rank: Rank) -> None:
 
 
 def rank_record(rank: Rank, trainer: Trainer, first_step: int, elapsed: float) -> dict[str, Any]:
-    """Tell what this rank did in this start, as in ``ranks.jsonl``.
+    """Make the record of this rank's work in this start, as in ``ranks.jsonl``.
 
     Args:
-        rank: What this rank holds.
-        trainer: Its trainer.
-        first_step: The steps that were finished before this start.
-        elapsed: The seconds since it.
+        rank: The parts of this rank.
+        trainer: The trainer of this rank.
+        first_step: The number of steps that were finished before this start.
+        elapsed: The seconds since this start.
     """
     phases, comms, optimizer = rank.phases, rank.comms, rank.optimizer
     record = {

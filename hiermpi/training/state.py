@@ -1,8 +1,8 @@
-"""Where a run stands: counts that every rank knows, and the tensors that a checkpoint holds.
+"""The state of a run consists of counts that every rank knows, and of the tensors that a checkpoint holds.
 
-A :class:`RunState` is whole and in token order, so it depends on no number of ranks. It is made by a checkpoint, or by
-:func:`gather_state` from what the ranks hold; :func:`spread_state` gives it to the ranks. Initialisation is the case in
-which there is none. Whoever rebuilds the ranks of a run in any other way needs these two functions and nothing else.
+A :class:`RunState` is whole and in token order, so it does not depend on the number of ranks. It comes from a
+checkpoint, or from :func:`gather_state`, which collects what ranks hold; :func:`spread_state` gives it to the ranks.
+A run that is initialised has none. Code that rebuilds the ranks of a run in another way needs only these two functions.
 """
 
 from collections.abc import Mapping
@@ -26,16 +26,16 @@ Tensors = Mapping[str, NDArray[np.float32]]
 
 @dataclass
 class Progress:
-    """Counts of the last committed step, the same on every rank."""
+    """The counts of the last committed step, which are the same on every rank."""
 
     step: int = 0
-    """Steps finished, skipped ones included."""
+    """The number of finished steps, with the skipped ones."""
     cursor: int = 0
-    """Sequences drawn by them."""
+    """The number of sequences that these steps drew."""
     skipped: int = 0
-    """Steps that were skipped for a non-finite loss or gradient."""
+    """The number of steps that were skipped for a non-finite loss or gradient."""
     updates: int = 0
-    """Updates applied: steps less the skipped ones."""
+    """The number of updates that were applied: the steps less the skipped ones."""
     skipped_in_a_row: int = 0
 
 
@@ -46,19 +46,19 @@ class RunState:
     progress: Progress
     parameters: Tensors
     optimizer: Mapping[str, Tensors] = field(default_factory=dict)
-    """The optimizer's tensors by the name of their vector; empty where no update was applied."""
+    """The optimizer's tensors by the name of their vector; the table is empty where no update was applied."""
 
 
 def spread_state(rank: "Rank", state: RunState | None, seed: int) -> None:
     """Give every rank its part of the root's ``state``, or of a newly initialised model. Collective over the hierarchy.
 
     Args:
-        rank: What this rank holds; its :attr:`Rank.progress` is set already.
+        rank: The parts of this rank; its :attr:`Rank.progress` is set already.
         state: The state at the root; None elsewhere, and at the root for a run that begins.
         seed: The seed of an initialisation.
 
     Raises:
-        UserError: On every rank, where the state is not of this model and this rule.
+        UserError: The state is not of this model and this rule; every rank raises it.
     """
     model, comms, optimizer = rank.model, rank.comms, rank.optimizer
     names = rank.rule.state
@@ -87,7 +87,7 @@ def spread_state(rank: "Rank", state: RunState | None, seed: int) -> None:
 
 
 def gather_state(rank: "Rank") -> RunState | None:
-    """Bring the state together at the root; None elsewhere. Collective over root and owners; others may call it."""
+    """Gather the state at the root, and return None elsewhere. Collective over root and owners; others may call it."""
     parameters, optimizer = rank.model.parameters, rank.optimizer
     whole = gather_owned(rank.comms, rank.ownership, optimizer.state if optimizer else None)
     if whole is None:

@@ -1,10 +1,11 @@
-"""One training step on the hierarchy, and the loop around it.
+"""The trainer runs one training step on the hierarchy.
 
-A step reads as the method does: batch, scatter, compute, reduce, optimize, broadcast, commit. It is a transaction:
-before the commit only scratch has changed, and the parameters and moments only after every leaf has reported finite
-gradients. Where these have two slots (:mod:`hiermpi.optimizer.slots`) not even they have: a step that some rank did not
-live to commit can be done again. Ranks are then never more than one commit apart, as nobody gives gradients to a step
-before it has committed the one before, and the slot of that one stays until the sum of the next has come.
+A step has the order of the method: batch, scatter, compute, reduce, optimize, broadcast, commit. It is a transaction:
+before the commit only temporary memory changes, and the parameters and moments change only after every leaf has
+reported finite gradients. Where these have two slots (:func:`hiermpi.optimizer.update.slots_of`), a step that some rank
+did not live to commit can be done again, because its old values are unchanged. Ranks are then never more than one
+commit apart: a rank gives gradients to a step only after it has committed the step before, whose slot stays until the
+sum of the next has come.
 """
 
 import logging
@@ -35,7 +36,7 @@ logger = logging.getLogger("hiermpi")
 
 
 class Verdict(NamedTuple):
-    """What was decided on a step, known to every rank. All are float64, so that it travels as one vector."""
+    """The decision on a step, which every rank receives. All fields are float64, so that it travels as one vector."""
 
     applied: float
     stop: float
@@ -51,7 +52,7 @@ UNDECIDED = Verdict(*[0.0] * len(Verdict._fields))
 
 
 class StepResult(NamedTuple):
-    """A committed step, as every rank knows it."""
+    """The result of a committed step, as every rank knows it."""
 
     step: int
     loss: float
@@ -66,10 +67,10 @@ class StepResult(NamedTuple):
 
 
 class Trainer:
-    """Runs steps. Every rank has one and calls the same methods; what a rank does follows from its data.
+    """A trainer that runs steps. Every rank has one and calls the same methods; its data decide what the rank does.
 
     Args:
-        rank: What this rank holds.
+        rank: The parts of this rank.
         source: The batches, at the root; None elsewhere.
     """
 
@@ -83,23 +84,23 @@ class Trainer:
         self.progress = rank.progress
         self.source = source
         self.save_due: Callable[[int], bool] = lambda _: False
-        """Whether to save after a step; asked at the root only, before it."""
+        """The function that decides whether to save after a step; only the root calls it, before the step."""
         self.sums = make_sums(rank.config, rank.reduction.gradient_vector(), rank.reduction.keeps_gradients)
-        """What is summed over the ranks."""
+        """The gradient sums over the ranks."""
         self.sequences = 0
-        """Sequences that this rank has computed."""
+        """The number of sequences that this rank has computed."""
         self.tokens = 0
-        """Target tokens that this rank has computed."""
+        """The number of target tokens that this rank has computed."""
         self._writing = rank.model if isinstance(rank.model, WritingModel) else None
         self._coordinates_only = rank.reduction.keeps_gradients and not rank.comms.topology.is_leaf(rank.comms.rank)
-        """Whether this rank never computes, and the sum passes its gradients by."""
+        """Whether this rank never computes, so that the sum skips its gradients."""
         self._complaint = ""
 
     def step(self) -> StepResult:
         """Do one step. Collective over the hierarchy.
 
         Raises:
-            UserError: on every rank, after too many skipped steps in a row.
+            UserError: Too many steps in a row were skipped; every rank raises it.
         """
         start = time.perf_counter()
         phases, progress = self.phases, self.progress
@@ -135,7 +136,7 @@ class Trainer:
         )
 
     def _compute(self, rows: NDArray[np.int32]) -> NDArray[np.float64]:
-        """Put this leaf's gradient sums into :attr:`sums`; return its part of the step's small sums.
+        """Add this leaf's gradients into :attr:`sums`, and return its part of the step's small sums.
 
         Rows come in the order of the batch and units are routed whole, so every unit but the batch's last is full.
         """
@@ -158,7 +159,7 @@ class Trainer:
         return np.array([loss, tokens, bool(self._complaint), self.rank.stopping.requested(), save], np.float64)
 
     def _write_gradients(self, rows: NDArray[np.int32]) -> tuple[float, int]:
-        """Write the gradient of these sequences, if any, in place of what the sums' room held."""
+        """Write the gradient of these sequences, or zeros without any, over the old content of the gradient buffer."""
         room, result = self.sums.room, (0.0, 0)
         if not len(rows):
             room[:] = 0
@@ -188,7 +189,8 @@ class Trainer:
     def _optimize(self, sums: NDArray[np.float64], total: NDArray) -> Verdict:
         """Decide on the step and, unless it must be skipped, update the owned parameters.
 
-        All that decide come to the same verdict; other ranks hear it later. Collective over the hierarchy.
+        All ranks that decide reach the same verdict; the other ranks receive it later. The call is collective over the
+        hierarchy.
         """
         optimizer = self.rank.optimizer if self.reduction.decides else None
         findings, tokens = None, int(sums[1])
@@ -247,7 +249,7 @@ class Trainer:
         return f"{_shorten(names)} in sequences {_shorten([str(i) for i in ids])}"
 
     def _report_skip(self, verdict: Verdict) -> None:
-        """Name the leaves, tensors and sequences behind a skipped step. Collective over the world."""
+        """Log the leaves, tensors and sequences behind a skipped step. Collective over the world."""
         complaints = gather_objects(self.comms.world, self._complaint, self.comms.waiter)
         if complaints is None:
             return

@@ -159,7 +159,7 @@ def test_what_was_learned_changes_no_share(batch, unit_size):
 
 def choose_bin(number):
     """Make a rule that gives every unit the same bin."""
-    return lambda counts, capacity, frequency: np.full(len(counts), number)
+    return lambda counts, _capacity, _frequency: np.full(len(counts), number)
 
 
 @pytest.mark.parametrize("number", [-1, 13, 10**6])

@@ -155,9 +155,9 @@ def test_answers_about_tensors_are_checked_before_work(rule, words):
 @pytest.mark.parametrize(
     ("schedule", "words"),
     [
-        (lambda step, **others: float("inf"), "its rate after 3 steps is inf"),
-        (lambda step, **others: -0.5, "its rate after 3 steps is -0.5"),
-        (lambda step, **others: "fast", "TypeError"),
+        (lambda _step, **_others: float("inf"), "its rate after 3 steps is inf"),
+        (lambda _step, **_others: -0.5, "its rate after 3 steps is -0.5"),
+        (lambda _step, **_others: "fast", "TypeError"),
         (lambda: 0.5, "TypeError"),
         (7, "not a function"),
     ],
@@ -168,4 +168,4 @@ def test_a_schedule_that_breaks_the_contract_is_named(schedule, words):
 
 
 def test_a_schedule_from_outside_is_asked():
-    assert load_schedule(lambda step, *, learning_rate, **others: learning_rate / (1 + step))(3, **SETTINGS) == 0.025
+    assert load_schedule(lambda step, *, learning_rate, **_others: learning_rate / (1 + step))(3, **SETTINGS) == 0.025
