@@ -59,7 +59,13 @@ class Registry(Mapping[str, Any]):
         if isinstance(choice, str):
             return "" if choice in self._own else choice
         named = choice if hasattr(choice, "__qualname__") else type(choice)
-        return f"{named.__module__}:{named.__qualname__}"
+        return f"{named.__module__}:{named.__qualname__.rpartition('<locals>.')[2]}"
+
+    def name_of(self, choice: Any, named: str) -> str:
+        """Return the text that stands for a choice; ``named`` where the choice is None."""
+        if choice is None or isinstance(choice, str):
+            return choice or named
+        return self.outside(choice)
 
     def called(self, made: Any, choice: Any) -> str:
         """Return what the user calls an object that was made for a choice; nothing for one of the package's.

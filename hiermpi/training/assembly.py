@@ -20,7 +20,7 @@ from hiermpi.communication.communicators import Communicators
 from hiermpi.communication.node import ComputeSlots, make_compute_slots
 from hiermpi.communication.reduction import Reduction, Vectors, hand_down
 from hiermpi.communication.scatter import Scatter, make_scatter
-from hiermpi.config.registry import RULES
+from hiermpi.config.registry import FAMILIES, REDUCTIONS, ROUTINGS, RULES
 from hiermpi.config.schema import Config, unread, watched
 from hiermpi.data.sequences import Sampler
 from hiermpi.errors import UserError
@@ -56,6 +56,20 @@ class Choices(NamedTuple):
     rule: Any = None
     reduction: Any = None
     routing: Any = None
+
+    def named_in(self, config: Config) -> Config:
+        """Return ``config`` with the names of these objects, as run folders and checkpoints keep them."""
+        model, optimizer, hierarchy = config.model, config.optimizer, config.hierarchy
+        return dataclasses.replace(
+            config,
+            model=dataclasses.replace(model, family=FAMILIES.name_of(self.family, model.family)),
+            optimizer=dataclasses.replace(optimizer, rule=RULES.name_of(self.rule, optimizer.rule)),
+            hierarchy=dataclasses.replace(
+                hierarchy,
+                reduction=REDUCTIONS.name_of(self.reduction, hierarchy.reduction),
+                routing=ROUTINGS.name_of(self.routing, hierarchy.routing),
+            ),
+        )
 
 
 class Corpus(TokenSource, Protocol):

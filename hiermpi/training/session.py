@@ -145,7 +145,7 @@ def run_training(
     def open_here() -> Start:
         from hiermpi.training.opening import describe_start, open_run
 
-        faults, config = parse_faults(os.environ), make_config()
+        faults, config = parse_faults(os.environ), choices.named_in(make_config())
         family = load_family(choices.family or config.model.family)
         found = open_run(config, data, run, resume, family, world.size)
         opened.append(found)
