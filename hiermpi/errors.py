@@ -14,7 +14,7 @@ class UserError(Exception):
 
     exit_code = EXIT_ERROR
     everywhere = False
-    """Whether every rank raises the error; otherwise the rank that raises it must end the others."""
+    """This is true if every rank raises the error; otherwise the rank that raises it must end the others."""
 
 
 class UsageError(UserError):

@@ -106,7 +106,17 @@ def load_library() -> Any:
 
 
 def save_tensors(path: Path, tensors: Mapping[str, NDArray], metadata: Mapping[str, str]) -> None:
-    """Write ``tensors`` and ``metadata`` to a safetensors file. Raises UserError, OSError."""
+    """Write a safetensors file.
+
+    Args:
+        path: The file to make.
+        tensors: The tensors by name.
+        metadata: The texts beside them, by key.
+
+    Raises:
+        UserError: The safetensors library is missing.
+        OSError: The file cannot be written.
+    """
     library = load_library()
     path.write_bytes(library.numpy.save({n: np.ascontiguousarray(t) for n, t in tensors.items()}, dict(metadata)))
 

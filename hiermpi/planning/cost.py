@@ -241,7 +241,14 @@ def _sum_seconds(
 
 
 def _largest_share(topology: Topology, config: Config, model: ModelConfig, layout: ParameterLayout) -> float:
-    """Return the largest part of the vector that one owner has, as a fraction."""
+    """Return the largest part of the vector that one owner has, as a fraction.
+
+    Args:
+        topology: The topology of the ranks.
+        config: The resolved configuration.
+        model: The model's settings with the vocabulary size.
+        layout: The layout of the model's parameters.
+    """
     owned = owned_elements(planned_ownership(topology, config, model))
     return max(owned.values()) / layout.size
 

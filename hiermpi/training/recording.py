@@ -189,7 +189,7 @@ class Recorder:
 
     @property
     def wants_ranks(self) -> bool:
-        """Whether some sink wants the records of every rank at each log interval."""
+        """Return whether some sink wants the records of every rank at each log interval."""
         return any(isinstance(sink, RanksSink) for sink in self.sinks)
 
     def __enter__(self) -> "Recorder":

@@ -93,7 +93,7 @@ class Trainer:
         """The number of target tokens that this rank has computed."""
         self._writing = rank.model if isinstance(rank.model, WritingModel) else None
         self._coordinates_only = rank.reduction.keeps_gradients and not rank.comms.topology.is_leaf(rank.comms.rank)
-        """Whether this rank never computes, so that the sum skips its gradients."""
+        """This is true if this rank never computes, so that the sum skips its gradients."""
         self._complaint = ""
 
     def step(self) -> StepResult:
