@@ -3,8 +3,8 @@
 Every method does the same work per call: one optimizer step on the same number of sequences of the same shapes, on the
 same cores. PyTorch runs inside the same job and alternates with the others: as DDP over gloo on the same processes, as
 one process with all threads, and compiled where that works; the best of these is the peer. The result lists which forms
-ran, and why others did not. The step's floating-point operations are also timed as one large product, and as multiply-adds on registers
-alone, which is a lower bound for every method.
+ran, and why others did not. The step's floating-point operations are also timed as one large product, and as
+multiply-adds on registers alone, which is a lower bound for every method.
 """
 
 import dataclasses
