@@ -20,7 +20,7 @@ OVERSUBSCRIBE := PRTE_MCA_rmaps_default_mapping_policy=:oversubscribe OMPI_MCA_r
 MPIRUN = env $(if $(shell [ $(1) -gt $$(nproc) ] && echo more),$(OVERSUBSCRIBE)) $(MPIEXEC) -n $(1)
 
 .DEFAULT_GOAL := help
-.PHONY: help install train test test-serial test-mpi test-smoke test-matrix test-slurm lint clean
+.PHONY: help install train test test-serial test-mpi test-smoke test-matrix test-slurm lint docs clean
 
 help: ## show this list
 	@grep -hE '^[a-z%-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -63,7 +63,8 @@ test-smoke: install ## a few of the MPI tests on 64 ranks
 	env $(OVERSUBSCRIBE) timeout --kill-after=10 300 $(MPIEXEC) -n 64 \
 	    $(BIN)/python -m mpi4py -m pytest -q -x --with-mpi tests/mpi -m smoke
 
-test-matrix: install ## every combination of ranks, routing, coordinators and reduction (minutes)
+test-matrix: install ## every combination of ranks, routing, coordinators and reduction, and broken plug-ins (minutes)
+	env HIERMPI_TEST_MATRIX=all $(BIN)/python -m pytest -q tests/plugins
 	for n in 1 2 3 13 26 64; do \
 	    env HIERMPI_TEST_MATRIX=all $(OVERSUBSCRIBE) timeout --kill-after=10 1200 $(MPIEXEC) -n $$n \
 	        $(BIN)/python -m mpi4py -m pytest -q -x --with-mpi tests/mpi/test_equality.py tests/mpi/test_reproducible.py || exit 1; \
@@ -77,6 +78,12 @@ lint: install ## ruff and mypy
 	    $(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[lint]'
 	$(BIN)/ruff check hiermpi tests
 	$(BIN)/mypy
+
+docs: install ## the documentation site, into build/docs; a warning is an error
+	@$(BIN)/python -c 'import sphinx, myst_parser, furo' 2>/dev/null || \
+	    $(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[docs]'
+	$(BIN)/python -m sphinx -q -W --keep-going -b html docs build/docs
+	@echo "the site is in build/docs/index.html"
 
 clean: ## remove the environment and build products, never runs
 	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache

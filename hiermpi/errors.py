@@ -3,6 +3,9 @@
 Anything that is not a :class:`UserError` is a defect or a broken machine and ends with a report of rank and host.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 EXIT_DONE = 0
 EXIT_ERROR = 1
 EXIT_USAGE = 2
@@ -28,4 +31,30 @@ class PluginError(UserError):
 
 
 class DamagedFile(UserError):
-    """An error of a file that is not what it claims to be: truncated, altered, foreign or of an unknown version."""
+    """A file is not what it claims to be: truncated, altered, foreign or of an unknown version."""
+
+
+@contextmanager
+def plugin_errors(what: str) -> Iterator[None]:
+    """Run code from outside the package; tell what it raises in one sentence.
+
+    Args:
+        what: How the user chose it, such as ``optimizer.rule = my_module:RULE``. Where it is empty, the code is of the
+            package, and what it raises is left as it is.
+
+    Raises:
+        PluginError: The body raised anything but a UserError.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        if not what:
+            raise
+        raise PluginError(f"{what}: {in_one_line(error)}") from error
+
+
+def in_one_line(error: Exception) -> str:
+    """Return an error's type and message on one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

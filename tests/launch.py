@@ -27,11 +27,12 @@ def command(*arguments, ranks=0, module=False):
     return [str(BIN / "mpiexec"), "-n", str(ranks), *words] if ranks else words
 
 
-def start(*arguments, ranks=0, env=None, module=False):
-    """Start a command in a process group of its own."""
+def start(*arguments, ranks=0, env=None, module=False, cwd=None):
+    """Start a command in a process group of its own, in the folder ``cwd``."""
     return subprocess.Popen(
         command(*arguments, ranks=ranks, module=module),
         env=environment(env),
+        cwd=cwd,
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -50,6 +51,6 @@ def finish(process, timeout=60):
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
-def run(*arguments, ranks=0, env=None, timeout=60, module=False):
-    """Run a command to its end."""
-    return finish(start(*arguments, ranks=ranks, env=env, module=module), timeout)
+def run(*arguments, ranks=0, env=None, timeout=60, module=False, cwd=None):
+    """Run a command to its end, in the folder ``cwd``."""
+    return finish(start(*arguments, ranks=ranks, env=env, module=module, cwd=cwd), timeout)

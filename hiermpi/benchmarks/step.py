@@ -23,7 +23,7 @@ from hiermpi.communication.agreement import broadcast_object
 from hiermpi.communication.communicators import Communicators
 from hiermpi.config.schema import Config
 from hiermpi.kernels import load_kernels, using_kernels
-from hiermpi.model.contract import load_family
+from hiermpi.model.contract import figure_of, load_family
 from hiermpi.model.parameters import symmetry_groups
 from hiermpi.training.assembly import assemble
 from hiermpi.training.trainer import Trainer
@@ -147,10 +147,9 @@ def steps_per_turn(trainer: Trainer, comms: Communicators) -> int:
 
 
 def step_flops(config: Config) -> float:
-    """Return the floating-point operations of a step, or 0 where the model's family does not count them."""
-    of_token = getattr(load_family(config.model.family), "flops_per_token", None)
-    tokens = config.train.batch_size * config.model.context_length
-    return of_token(config.model) * tokens if of_token else 0.0
+    """The floating-point operations of a step; 0 where the model's family does not give them."""
+    of_token = figure_of(load_family(config.model.family), "flops_per_token", config.model)
+    return of_token * config.train.batch_size * config.model.context_length
 
 
 def _sgemm(rows: int, width: int, flops: float) -> Steps:

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hiermpi.commands import Command
+from hiermpi.commands import Command, add_family_argument, given_family
 from hiermpi.config.registry import FORMATS
 
 if TYPE_CHECKING:
@@ -267,20 +267,26 @@ def configure_export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to make")
     parser.add_argument(
         "--format",
-        choices=tuple(FORMATS),
         default="hf",
-        help="hf: a GPT-2 folder with its tokenizer (default); safetensors, npz: one file of tensors by our names",
+        metavar="NAME",
+        help="hf: a GPT-2 folder with its tokenizer (default); safetensors, npz: one file of tensors by our names; "
+        "or package.module:object of your own",
     )
     parser.add_argument("--force", action="store_true", help="replace an existing export")
+    add_family_argument(parser)
 
 
 def run_export(arguments: argparse.Namespace) -> int:
     """Export the model and print what was written."""
     from hiermpi.interchange.exchange import export
+    from hiermpi.model.contract import family_of
+    from hiermpi.storage.checkpoint import model_config
     from hiermpi.training.opening import open_checkpoint
 
+    FORMATS.check(arguments.format)
     checkpoint = open_checkpoint(arguments.source)
-    written = export(checkpoint, arguments.out, arguments.format, arguments.force)
+    family = family_of(model_config(checkpoint), given_family(arguments), arguments.source)
+    written = export(checkpoint, arguments.out, arguments.format, arguments.force, family)
     print(f"{'written':14}{written} ({arguments.format}, step {checkpoint.step})")
     return 0
 
@@ -301,7 +307,13 @@ def configure_import(parser: argparse.ArgumentParser) -> None:
     """Add the command's flags."""
     parser.add_argument("source", type=Path, metavar="DIR", help="folder (config.json, model.safetensors) or file")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="checkpoint to make")
+    parser.add_argument(
+        "--format",
+        metavar="NAME",
+        help=f"{', '.join(FORMATS)}, or package.module:object of your own (default: what the files tell)",
+    )
     parser.add_argument("--force", action="store_true", help="replace an existing FILE")
+    add_family_argument(parser)
 
 
 def run_import(arguments: argparse.Namespace) -> int:
@@ -311,8 +323,10 @@ def run_import(arguments: argparse.Namespace) -> int:
     from hiermpi.interchange.exchange import read_model
     from hiermpi.storage.checkpoint import save_checkpoint
 
+    if arguments.format is not None:
+        FORMATS.check(arguments.format)
     require_new(arguments.out, arguments.force)
-    checkpoint = read_model(arguments.source)
+    checkpoint = read_model(arguments.source, arguments.format, given_family(arguments))
     save_checkpoint(arguments.out, checkpoint)
     tokenizer = tokenizer_from_json(checkpoint.tokenizer)
     print(f"{'checkpoint':14}{arguments.out}")

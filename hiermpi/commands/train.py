@@ -177,9 +177,10 @@ def run_generate(arguments: argparse.Namespace) -> int:
 
     from hiermpi.data.tokenizers import tokenizer_from_json
     from hiermpi.errors import UsageError
+    from hiermpi.model.contract import family_of
     from hiermpi.model.generation import Sampling, generate
     from hiermpi.storage.checkpoint import model_config
-    from hiermpi.training.opening import family_of, load_model, open_checkpoint
+    from hiermpi.training.opening import load_model, open_checkpoint
 
     check_generate(arguments)
     text = sys.stdin.buffer.read() if arguments.prompt == "-" else arguments.prompt.encode(errors="surrogateescape")

@@ -30,23 +30,35 @@ NOTE_BYTES = 4096
 """Room for an error on its way to the other ranks."""
 PATIENCE_SECONDS = 5.0
 """How long a rank with an error waits for the others before it says what has happened."""
+CLAIM_TAG = 32_101
+"""The tag of the messages by which ranks that fail alone find out who tells it."""
+LOOK_SECONDS = 0.03
+"""How long a rank looks for claims that came before its own."""
+CLAIM_SECONDS = 0.5
+"""How long it looks for those that came at the same time."""
 
 logger = logging.getLogger("hiermpi")
 T = TypeVar("T")
 
 
 @contextmanager
-def agreed(comm: MPI.Comm, waiter: Waiter) -> Iterator[None]:
+def agreed(comm: MPI.Comm, waiter: Waiter, patient: bool = True) -> Iterator[None]:
     """Run the body; raise on every rank of ``comm`` where it raised on any. Collective over ``comm``.
 
-    The body must not call anything that is collective. See :func:`agree` for what is raised.
+    See :func:`agree` for what is raised.
+
+    Args:
+        comm: The ranks. While the rank is patient, the body must not call anything that is collective.
+        waiter: Does the waiting.
+        patient: Whether a rank with an error waits for the others as long as it takes. Otherwise it soon raises its
+            error alone: they may wait for it elsewhere, in something collective over another communicator.
     """
     error = None
     try:
         yield
     except Exception as caught:  # noqa: BLE001  (raised on all ranks by agree)
         error = caught
-    agree(comm, error, waiter)
+    agree(comm, error, waiter, patient)
 
 
 def from_root(comm: MPI.Comm, make: Callable[[], T], waiter: Waiter) -> T:
@@ -96,16 +108,18 @@ def gather_arrays(comm: MPI.Comm, values: NDArray, waiter: Waiter) -> tuple[NDAr
     return everything, lengths
 
 
-def agree(comm: MPI.Comm, error: Exception | None, waiter: Waiter) -> None:
+def agree(comm: MPI.Comm, error: Exception | None, waiter: Waiter, patient: bool = True) -> None:
     """Raise on every rank of ``comm`` if any rank brings an error. Collective over ``comm``.
 
     A :class:`UserError` keeps its type everywhere; the lowest rank's wins. Other errors are raised where they are
-    and become a RuntimeError elsewhere.
+    and become a RuntimeError elsewhere. A rank that is not ``patient`` soon raises its error though others are late.
     """
     bad = np.array([comm.rank if error is not None else comm.size], np.int64)
     request = comm.Iallreduce(MPI.IN_PLACE, bad, op=MPI.MIN)
-    if error is not None:
-        _speak_where_others_are_late(request, error)
+    if error is not None and late(request):
+        if not patient:
+            raise error
+        logger.error("%s (other ranks have not heard of it yet)", error)
     waiter.wait(request)
     first = int(bad[0])
     if first == comm.size:
@@ -122,17 +136,15 @@ def agree(comm: MPI.Comm, error: Exception | None, waiter: Waiter) -> None:
     raise error if error is not None else RuntimeError(f"rank {first} failed: {text}")
 
 
-def _speak_where_others_are_late(request: MPI.Request, error: Exception) -> None:
-    """Log ``error`` where ``request`` does not complete soon: other ranks may be waiting for this one elsewhere."""
+def late(request: MPI.Request) -> bool:
+    """Tell whether ``request`` does not complete soon: other ranks may be waiting for this one elsewhere."""
     begun = time.monotonic()
     while not request.Test():
         if time.monotonic() - begun > PATIENCE_SECONDS:
-            logger.error("%s (other ranks have not heard of it yet)", error)
-            return
+            return True
         time.sleep(1e-3)
+    return False
 
-
-logger = logging.getLogger("hiermpi")
 
 ErrorSink = Callable[[int, str], str | None]
 """Stores (rank, traceback) and returns where, or None where it could not."""
@@ -156,15 +168,42 @@ def run_collectively(body: Callable[[MPI.Comm], int]) -> None:
     try:
         code = body(world)
     except UserError as error:
-        if world.rank == 0 or not error.everywhere:
-            logger.error("%s", error)
         code = error.exit_code
         if not error.everywhere and world.size > 1:
+            if not others_speak(world):
+                logger.error("%s", error)
             flush()
             world.Abort(code)
+        if world.rank == 0:
+            logger.error("%s", error)
     except BaseException as error:  # noqa: BLE001  (whatever it is, the other ranks must not wait for this one)
         abort(error)
     leave(code)
+
+
+def others_speak(world: MPI.Comm) -> bool:
+    """Tell whether another rank tells an error of its own: of several that fail alone, the first or lowest speaks."""
+    if claimed(world, world.size, LOOK_SECONDS):
+        time.sleep(PATIENCE_SECONDS)  # until that rank ends this one
+        return True
+    claims = [world.Isend(b"", rank, CLAIM_TAG) for rank in range(world.size) if rank != world.rank]
+    spoken = world.rank > 0 and claimed(world, world.rank, CLAIM_SECONDS)
+    if spoken:
+        time.sleep(PATIENCE_SECONDS)
+    del claims
+    return spoken
+
+
+def claimed(world: MPI.Comm, below: int, seconds: float) -> bool:
+    """Tell whether, within some time, a rank below a number says that it tells its error."""
+    begun, status = time.monotonic(), MPI.Status()
+    while time.monotonic() - begun < seconds:
+        if world.Iprobe(MPI.ANY_SOURCE, CLAIM_TAG, status):
+            world.Recv(bytearray(0), status.source, CLAIM_TAG)
+            if status.source < below:
+                return True
+        time.sleep(1e-3)
+    return False
 
 
 def leave(code: int) -> None:
@@ -178,7 +217,7 @@ def leave(code: int) -> None:
 def abort(error: BaseException) -> None:
     """Report ``error`` with rank and host and end all ranks; never returns."""
     rank = MPI.COMM_WORLD.rank
-    time.sleep(min(0.02 * rank, 1.0))  # where all ranks fail alike, the first one speaks for all
+    give_way()
     try:
         where = _error_sink(rank, "".join(traceback.format_exception(error))) if _error_sink else None
     except Exception:  # noqa: BLE001  (a full disk must not hide the first error)
@@ -191,6 +230,11 @@ def abort(error: BaseException) -> None:
     flush()
     MPI.COMM_WORLD.Abort(EXIT_ERROR)
     os._exit(EXIT_ERROR)
+
+
+def give_way() -> None:
+    """Wait a little, the longer the higher the rank: where all ranks fail alike, the first one speaks for all."""
+    time.sleep(min(0.02 * MPI.COMM_WORLD.rank, 1.0))
 
 
 def flush() -> None:

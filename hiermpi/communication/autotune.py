@@ -14,7 +14,7 @@ from hiermpi.communication.agreement import agreed
 from hiermpi.communication.communicators import Communicators
 from hiermpi.communication.reduction import Reduction, Vectors
 from hiermpi.config.registry import REDUCTIONS
-from hiermpi.errors import PluginError, UserError
+from hiermpi.errors import PluginError, UserError, plugin_errors
 from hiermpi.hierarchy.ownership import Ownership
 from hiermpi.kernels.memory import give_back_memory, lazy_zeros
 
@@ -122,24 +122,41 @@ def try_to_make(arguments: Arguments, name: str, maker: MakesReduction) -> tuple
         PluginError: on every rank, where one from outside the package cannot be made or does not work.
     """
     comms, made = arguments.comms, None
+    if is_outside(name):
+        return make_outside(arguments, name, maker), None
     try:
         # Making is collective, so whoever fails there must do so before others wait for it.
         with agreed(comms.world, comms.waiter):
-            try:
-                made = maker(*arguments)
-                require_contract(name, made)
-            except Exception as error:
-                if name in REDUCTIONS or isinstance(error, PluginError):
-                    raise
-                raise PluginError(f"{described(name)} cannot be constructed: {in_one_line(error)}") from error
+            made = maker(*arguments)
     except UserError as error:
-        if isinstance(error, PluginError):
-            raise
         return None, error
-    assert made is not None
-    if name not in REDUCTIONS:
-        try_out(arguments, name, made)
     return made, None
+
+
+def is_outside(name: str) -> bool:
+    """Tell whether the reduction of this name comes from outside the package."""
+    return name not in REDUCTIONS or bool(REDUCTIONS.outside(name))
+
+
+def make_outside(arguments: Arguments, name: str, maker: MakesReduction) -> Reduction:
+    """Make a reduction from outside and have it do a step. Collective over the hierarchy.
+
+    Raises:
+        PluginError: On every rank, where it cannot be made or does not work; on the rank that fails alone, where the
+            others do not come to know of it, as they wait for that rank inside of the reduction.
+    """
+    comms, made = arguments.comms, None
+    # Agreement has a communicator of its own: some ranks may be inside of a collective operation of the reduction's.
+    world, duplicated = comms.world.Idup()
+    comms.waiter.wait(duplicated)
+    with agreed(world, comms.waiter, patient=False):
+        with plugin_errors(f"{described(name)} cannot be constructed"):
+            made = maker(*arguments)
+        require_contract(name, made)
+    assert made is not None
+    try_out(arguments, name, made, world)
+    world.Free()
+    return made
 
 
 def fall_back(arguments: Arguments) -> Chosen:
@@ -151,7 +168,7 @@ def fastest(arguments: Arguments, makers: Mapping[str, MakesReduction]) -> Chose
     """Make the fastest of the candidates. Collective over the hierarchy."""
     comms, ownership, vectors = arguments
     with agreed(comms.world, comms.waiter):
-        usable = [name for name, maker in makers.items() if getattr(maker, "usable", lambda _: True)(comms)]
+        usable = [name for name, maker in makers.items() if is_usable(name, maker, comms)]
     names = usable or list(makers)
     if comms.size == 1:
         del names[1:]
@@ -175,6 +192,12 @@ def fastest(arguments: Arguments, makers: Mapping[str, MakesReduction]) -> Chose
     del gradients
     give_back_memory()  # that messages took: 6 MB and more, which ranks that do not compute would never use again
     return Chosen(made[name], seconds, name)
+
+
+def is_usable(name: str, maker: MakesReduction, comms: Communicators) -> bool:
+    """Tell whether a timed choice should try a reduction. Raises PluginError."""
+    with plugin_errors(f"{described(name)}: usable" if is_outside(name) else ""):
+        return bool(getattr(maker, "usable", lambda _: True)(comms))
 
 
 def time_in_turns(
@@ -239,22 +262,25 @@ def require_contract(name: str, made: Reduction) -> None:
         )
 
 
-def try_out(arguments: Arguments, name: str, made: Reduction) -> None:
+def try_out(arguments: Arguments, name: str, made: Reduction, world: MPI.Comm) -> None:
     """Have a reduction from outside do a step with known results. Collective over the hierarchy.
 
+    Args:
+        arguments: What the reduction was made with.
+        name: What the setting calls it.
+        made: The reduction.
+        world: All ranks, to agree on errors.
+
     Raises:
-        PluginError: on every rank, where it fails on any, or vectors or results are not what the contract says.
+        PluginError: As :func:`make_outside` says.
     """
     comms = arguments.comms
-    with agreed(comms.world, comms.waiter):
-        try:
-            gradients, slots, states = made.gradient_vector(), made.parameter_slots(), made.state_slots()
-            require_memory(arguments, name, gradients, slots, states)
+    with agreed(world, comms.waiter, patient=False), plugin_errors(f"{described(name)} fails in its first step"):
+        gradients, slots, states = made.gradient_vector(), made.parameter_slots(), made.state_slots()
+        require_memory(arguments, name, gradients, slots, states)
+    with agreed(world, comms.waiter, patient=False):
+        with plugin_errors(f"{described(name)} fails in its first step"):
             complaint = first_step(arguments, name, made, gradients, slots[0])
-        except PluginError:
-            raise
-        except Exception as error:
-            raise PluginError(f"{described(name)} fails in its first step: {in_one_line(error)}") from error
         if complaint:
             raise PluginError(f"{described(name)}: {complaint}")
     # All ranks have compared: memory that they share can be zeroed.
@@ -332,9 +358,65 @@ def require_vector(name: str, what: str, vector: object, size: int, dtype: np.dt
 
 def described(name: str) -> str:
     """Return how messages call the choice."""
-    return f"hierarchy.reduction = {name}"
+    return name if name.startswith("hierarchy.reduction = ") else f"hierarchy.reduction = {name}"
 
 
-def in_one_line(error: Exception) -> str:
-    """Return an error's type and message on one line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+def guarded(made: Reduction, name: str) -> Reduction:
+    """Return a reduction that tells errors of one from outside in one sentence; one of the package's stays as it is."""
+    return OutsideReduction(made, name) if is_outside(name) else made
+
+
+class OutsideReduction(Reduction):
+    """A reduction from outside; what it raises or breaks in a step is told in one sentence that names it.
+
+    Args:
+        made: The reduction.
+        name: What the setting calls it.
+    """
+
+    def __init__(self, made: Reduction, name: str) -> None:
+        super().__init__(made.comms, made.ownership, made.vectors)
+        self.made = made
+        self.what = described(name)
+        self.name = made.name
+        self.keeps_gradients = made.keeps_gradients
+        self.shares_memory = made.shares_memory
+        self.decides = made.decides
+
+    def gradient_vector(self) -> NDArray:
+        with plugin_errors(self.what):
+            return self.made.gradient_vector()
+
+    def parameter_slots(self) -> list[NDArray[np.float32]]:
+        with plugin_errors(self.what):
+            return self.made.parameter_slots()
+
+    def state_slots(self) -> list[dict[str, NDArray[np.float32]]]:
+        with plugin_errors(self.what):
+            return self.made.state_slots()
+
+    def reduce(self, sums: NDArray[np.float64], gradients: NDArray) -> NDArray:
+        with plugin_errors(self.what):
+            total = self.made.reduce(sums, gradients)
+        require_vector(self.what, "what reduce() returns", total, self.ownership.size, gradients.dtype)
+        return total
+
+    def exchange(self, values: NDArray[np.float64] | None) -> None:
+        with plugin_errors(self.what):
+            self.made.exchange(values)
+
+    def broadcast(self, verdict: NDArray[np.float64], parameters: NDArray[np.float32]) -> None:
+        with plugin_errors(self.what):
+            self.made.broadcast(verdict, parameters)
+
+    def share(self, parameters: NDArray[np.float32]) -> None:
+        with plugin_errors(self.what):
+            self.made.share(parameters)
+
+    def sum_everywhere(self, values: NDArray[np.float64]) -> None:
+        with plugin_errors(self.what):
+            self.made.sum_everywhere(values)
+
+    def free(self) -> None:
+        with plugin_errors(self.what):
+            self.made.free()

@@ -27,7 +27,7 @@ from numpy.typing import DTypeLike, NDArray
 from hiermpi.communication.agreement import agreed, broadcast_object, gather_objects
 from hiermpi.communication.communicators import Communicators
 from hiermpi.communication.waiting import Waiter
-from hiermpi.errors import UserError
+from hiermpi.errors import UserError, plugin_errors
 from hiermpi.hierarchy.topology import compute_slots
 from hiermpi.kernels.gates import TurnQueue, can_sleep
 from hiermpi.kernels.memory import round_up
@@ -158,7 +158,7 @@ def no_memory(_slot: int) -> None:
     """Lend nothing to a model that keeps memory of its own."""
 
 
-def make_compute_slots(comms: Communicators, model: Any, threads: int = 1) -> ComputeSlots:
+def make_compute_slots(comms: Communicators, model: Any, threads: int = 1, outside: str = "") -> ComputeSlots:
     """Make slots where more ranks of this node compute than its cores have room for. Collective over the hierarchy.
 
     Args:
@@ -167,20 +167,23 @@ def make_compute_slots(comms: Communicators, model: Any, threads: int = 1) -> Co
             ``work_in``) is
             given the memory that belongs to the slots, any other keeps its own.
         threads: The threads of each rank.
+        outside: How messages call the model's family, where it comes from outside the package.
 
     Raises:
-        UserError: On every rank, where a node cannot have the memory.
+        UserError: On every rank, where a node cannot have the memory, or the model cannot work in it.
     """
     topology, node = comms.topology, comms.node
     leaves = topology.leaves_of_node[topology.nodes[comms.rank]]
     cores, free = node_cores(comms)
     at_once = compute_slots(leaves, max(1, len(cores) // threads))
     chosen = cores if free and at_once == len(cores) and threads == 1 else []
-    slots = ComputeSlots()
-    with agreed(comms.world, comms.waiter):  # the first words are written when it ends
+    slots, lends, needed = ComputeSlots(), hasattr(model, "share_workspaces"), np.zeros(1, np.int64)
+    with agreed(comms.world, comms.waiter), plugin_errors(outside):
+        needed[0] = model.workspace_elements() if lends else 0
+    comms.waiter.wait(node.Iallreduce(MPI.IN_PLACE, needed, op=MPI.MAX))
+    elements = int(needed[0])
+    with agreed(comms.world, comms.waiter), plugin_errors(outside):  # the first words are written when it ends
         if at_once < leaves and shared_memory_usable() and can_sleep():
-            lends = hasattr(model, "share_workspaces")
-            elements = model.workspace_elements() if lends else 0
             start, stride = TurnQueue.nbytes(node.size, at_once), round_up(4 * elements)
             # Room for as many sequences as a rank may ever get: taken where it is written.
             memory = NodeMemory(node, start + at_once * stride, comms.waiter, [(0, start)])

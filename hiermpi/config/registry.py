@@ -34,6 +34,7 @@ class Registry(Mapping[str, Any]):
     def __init__(self, setting: str, places: Mapping[str, str]) -> None:
         self.setting = setting
         self._places = dict(places)
+        self._own = set(places)
 
     def __getitem__(self, name: str) -> Any:
         return import_object(self._places[name], self.setting)
@@ -47,6 +48,32 @@ class Registry(Mapping[str, Any]):
     def add(self, name: str, place: str) -> None:
         """Register an object of the user's own under ``name``, for this process."""
         self._places[name] = place
+        self._own.discard(name)
+
+    def outside(self, choice: Any) -> str:
+        """Return what the user calls an object that is not one of the package's; nothing for one that is.
+
+        Args:
+            choice: A registered name, ``package.module:object``, or the object itself.
+        """
+        if isinstance(choice, str):
+            return "" if choice in self._own else choice
+        named = choice if hasattr(choice, "__qualname__") else type(choice)
+        return f"{named.__module__}:{named.__qualname__}"
+
+    def called(self, made: Any, choice: Any) -> str:
+        """Return what the user calls an object that was made for a choice; nothing for one of the package's.
+
+        Args:
+            made: The object.
+            choice: The text in the setting, which a program may have replaced by an object.
+        """
+        module = str(getattr(made, "__module__", ""))
+        return "" if module.partition(".")[0] == "hiermpi" else self.outside(choice) or self.outside(made)
+
+    def described(self, choice: Any) -> str:
+        """Return how messages call a choice, such as ``optimizer.rule = adamw``."""
+        return f"{self.setting} = {self.outside(choice) or choice}"
 
     def check(self, text: str) -> None:
         """Refuse a text that is neither a registered name nor the path of an object. Raises UsageError."""

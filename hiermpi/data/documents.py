@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Protocol, runtime_checkable
 
 from hiermpi.config.registry import READERS
-from hiermpi.errors import PluginError, UserError
+from hiermpi.errors import PluginError, UserError, plugin_errors
 
 STDLIB = "stdlib"
 NOT_STDLIB = frozenset({"site-packages", "dist-packages", "__pycache__"})
@@ -96,8 +96,11 @@ def load_readers(reader: Any = None) -> dict[str, Reader]:
     """Return the readers in the order in which they are asked, by name. Raises UsageError, PluginError."""
     readers = {name: READERS[name] for name in READERS}
     if reader is not None:
-        name = str(reader)
+        name = READERS.outside(reader) or str(reader)
         first = READERS.load(reader) if isinstance(reader, str) else reader
+        if isinstance(first, type):
+            with plugin_errors(f"--reader {name}"):
+                first = first()
         for method in ("accepts", "documents"):
             if not callable(getattr(first, method, None)):
                 raise PluginError(f"--reader {name}: it has no method {method}: a reader needs accepts and documents")
@@ -108,18 +111,46 @@ def load_readers(reader: Any = None) -> dict[str, Reader]:
 def read_documents(path: Path, named: bool, readers: dict[str, Reader]) -> list[Document]:
     """Return the documents in a file, by the first reader that accepts it. Raises PluginError, UserError."""
     for name, reader in readers.items():
-        try:
+        outside = f"--reader {name}: {path}" if READERS.outside(name) else ""
+        with plugin_errors(outside):
             if not reader.accepts(path):
                 continue
             documents = list(reader.documents(path, named))
-        except UserError:
-            raise
-        except Exception as error:
-            raise PluginError(f"--reader {name}: {path}: {type(error).__name__}: {error}") from error
-        if not all(isinstance(document, Document) for document in documents):
-            raise PluginError(f"--reader {name}: {path}: what it returns are not documents: name, named, size and open")
-        return documents
+            if not outside:
+                return documents
+            if not all(isinstance(document, Document) for document in documents):
+                raise PluginError(f"{outside}: what it returns are not documents: name, named, size and open")
+            return [OutsideDocument(document, f"--reader {name}: {document.name}") for document in documents]
     return []
+
+
+class OutsideDocument:
+    """A document of a reader from outside; what it raises or breaks is told in one sentence that names the reader.
+
+    Args:
+        document: The document.
+        what: How messages call it.
+    """
+
+    def __init__(self, document: Document, what: str) -> None:
+        self.document = document
+        self.what = what
+        self.name = str(document.name)
+        self.named = bool(document.named)
+
+    def size(self) -> int:
+        with plugin_errors(self.what):
+            size = self.document.size()
+            if not isinstance(size, int) or size < 0:
+                raise PluginError(f"{self.what}: size() returned {size!r}, not the number of its bytes")
+        return size
+
+    def open(self) -> BinaryIO:
+        with plugin_errors(self.what):
+            text = self.document.open()
+            if not callable(getattr(text, "read", None)) or not isinstance(text.read(0), bytes):
+                raise PluginError(f"{self.what}: open() returned {type(text).__name__}, not a binary file")
+        return text
 
 
 def walk(root: Path, excluded: frozenset[str] = frozenset()) -> Iterator[Path]:

@@ -18,10 +18,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hiermpi.config.registry import ROUTINGS
-from hiermpi.errors import PluginError
+from hiermpi.errors import PluginError, plugin_errors
 from hiermpi.hierarchy.topology import Topology
 from hiermpi.kernels.assignment import Integers, assign, clearing_prices
 from hiermpi.kernels.loops import Dealt, count_groups, deal
+from hiermpi.kernels.memory import read_only
 
 
 class RoutingRule(Protocol):
@@ -97,12 +98,14 @@ class Router:
         unit_size: int = 1,
     ) -> None:
         self.topology = topology
-        self.name = str(rule)
         found = ROUTINGS.load(rule) if isinstance(rule, str) else rule
-        self.rule = found() if isinstance(found, type) else found
+        name = ROUTINGS.called(found, rule)
+        self.outside = f"hierarchy.routing = {name}" if name else ""
+        """How messages call a rule from outside the package; empty for one of the package's."""
+        with plugin_errors(self.outside):
+            self.rule = found() if isinstance(found, type) else found
         if not callable(self.rule):
-            raise PluginError(f"hierarchy.routing = {self.name}: it is not a function of (counts, capacity, frequency)")
-        self.outside = self.name not in ROUTINGS
+            raise PluginError(f"{self.outside}: it is not a function of (counts, capacity, frequency)")
         self.unit_size = unit_size
         self.group_of_token = topology.group_of_class[class_of_token].astype(np.uint8)
         """(V,) group of ranks of each token id."""
@@ -125,7 +128,8 @@ class Router:
     def learn(self, counts: NDArray[np.int32]) -> None:
         """Let the rule look at the :meth:`counts` of some sequences like those to come, one or more."""
         units = self._units(counts)
-        self.rule.learn(units, self._capacity(len(units)))
+        with plugin_errors(self.outside):
+            self.rule.learn(read_only(units), read_only(self._capacity(len(units))))
 
     def route(self, tokens: NDArray[np.int32]) -> Dealt:
         """Route the (B, T) token ids of one batch; entries below 0 are padding."""
@@ -160,21 +164,19 @@ class Router:
         self, counts: NDArray[np.int32], capacity: NDArray[np.int64], frequency: NDArray[np.float64]
     ) -> NDArray[np.int64]:
         """Ask a rule from outside; what it raises or breaks is told in one sentence that names it."""
-        try:
-            found = np.asarray(self.rule(counts, capacity, frequency))
-        except Exception as error:
-            raise PluginError(f"hierarchy.routing = {self.name}: {type(error).__name__}: {error}") from error
+        with plugin_errors(self.outside):
+            found = np.asarray(self.rule(read_only(counts), read_only(capacity), read_only(frequency)))
         n = len(counts)
         if found.shape != (n,) or found.dtype.kind not in "iu":
             raise PluginError(
-                f"hierarchy.routing = {self.name}: expected the bin of each of {n} units as integers ({n},), not "
+                f"{self.outside}: expected the bin of each of {n} units as integers ({n},), not "
                 f"{found.dtype} {found.shape}"
             )
         allowed = np.flatnonzero(capacity)
         wrong = ~np.isin(found, allowed)
         if wrong.any():
             raise PluginError(
-                f"hierarchy.routing = {self.name}: it chose bin {found[wrong.argmax()]} for unit {wrong.argmax()}: "
+                f"{self.outside}: it chose bin {found[wrong.argmax()]} for unit {wrong.argmax()}: "
                 f"expected one of {', '.join(map(str, allowed))}, the bins with a capacity"
             )
         return found.astype(np.int64)

@@ -92,3 +92,10 @@ def round_up(nbytes: int) -> int:
 def offsets_of(*nbytes: int) -> list[int]:
     """Offsets of pieces of so many bytes one after the other in whole cache lines, and where the last one ends."""
     return [0, *accumulate(map(round_up, nbytes))]
+
+
+def read_only(array: NDArray[Any]) -> NDArray[Any]:
+    """Return a view of an array that cannot be written."""
+    view = array.view()
+    view.flags.writeable = False
+    return view

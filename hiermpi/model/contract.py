@@ -51,14 +51,15 @@ It is chosen with ``--model.family my_module:FAMILY``.
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hiermpi.config.registry import FAMILIES
+from hiermpi.config.registry import FAMILIES, is_outside
 from hiermpi.config.schema import ModelConfig
-from hiermpi.errors import PluginError, UsageError
+from hiermpi.errors import PluginError, UsageError, in_one_line, plugin_errors
 from hiermpi.model.parameters import ParameterBuffer, TensorSpec
 
 IGNORED_TARGET = -1
@@ -189,57 +190,160 @@ def load_family(choice: Any) -> Family:
         PluginError: It lacks a method.
     """
     family = FAMILIES.load(choice) if isinstance(choice, str) else choice
-    for name in ("specs", "make", "initialize"):
-        if not callable(getattr(family, name, None)):
-            raise PluginError(
-                f"model.family = {choice}: it has no method {name}: a family needs specs, make and initialize"
-            )
+    with plugin_errors(FAMILIES.described(choice) if FAMILIES.outside(choice) else ""):
+        family = family() if isinstance(family, type) else family
+        for name in ("specs", "make", "initialize"):
+            if not callable(getattr(family, name, None)):
+                raise PluginError(
+                    f"{FAMILIES.described(choice)}: it has no method {name}: a family needs specs, make and initialize"
+                )
     return family
+
+
+def outside_family(family: Family, config: ModelConfig) -> str:
+    """Return how messages call a family from outside the package; nothing for one of the package's."""
+    name = FAMILIES.called(family, config.family)
+    return f"model.family = {name}" if name else ""
+
+
+def family_of(shape: ModelConfig, given: Any, source: Path) -> Family:
+    """Return the family of a checkpoint's model.
+
+    A registered one is used as the checkpoint names it. One from outside the package is never imported because a file
+    names it: the user must give the same text, or the object.
+
+    Args:
+        shape: The model's settings in the checkpoint.
+        given: What the user gave: a text, an object, or None.
+        source: The checkpoint, for the message.
+    """
+    if given is not None and not isinstance(given, str):
+        return load_family(given)
+    if is_outside(shape.family) and given != shape.family:
+        raise UsageError(
+            f"the model in {source} is of the family {shape.family}, which is not a part of hiermpi: add "
+            f"--model.family {shape.family} to have that code imported"
+        )
+    if given and given != shape.family:
+        raise UsageError(f"--model.family {given}: the model in {source} is of the family {shape.family}")
+    return load_family(shape.family)
 
 
 def specs_of(family: Family, config: ModelConfig) -> list[TensorSpec]:
     """Return the tensors of a model. Raises UsageError, PluginError."""
-    name = config.family
+    what = outside_family(family, config)
     try:
-        specs = list(family.specs(config))
+        with plugin_errors(what):
+            specs = named_specs(family, config, what)
     except ValueError as error:
         raise UsageError(str(error)) from None
+    if what:
+        require_specs(what, specs, config)
+    return specs
+
+
+def named_specs(family: Family, config: ModelConfig, what: str) -> list[TensorSpec]:
+    """Return what the family says; a ValueError of a family from outside is the user's error, and names it."""
+    try:
+        return list(family.specs(config))
+    except ValueError as error:
+        raise (UsageError(f"{what}: {in_one_line(error).partition(': ')[2]}") if what else error) from None
+
+
+def require_specs(what: str, specs: Sequence[TensorSpec], config: ModelConfig) -> None:
+    """Refuse tensors that cannot be. Raises PluginError.
+
+    Args:
+        what: How messages call the family.
+        specs: The tensors.
+        config: The model's settings.
+    """
     if not specs or not all(isinstance(spec, TensorSpec) for spec in specs):
-        raise PluginError(f"model.family = {name}: specs must return a list of TensorSpec, one for each tensor")
+        raise PluginError(f"{what}: specs must return a list of TensorSpec, one for each tensor")
     for spec in specs:
-        whole = all(isinstance(size, int) and size > 0 for size in spec.shape)
-        if not spec.shape or not whole or not spec.name.isprintable() or "/" in spec.name or not spec.name:
-            raise PluginError(f"model.family = {name}: the tensor {spec.name!r} of shape {spec.shape} cannot be stored")
+        good = isinstance(spec.shape, tuple) and all(isinstance(size, int) and size > 0 for size in spec.shape)
+        good = good and bool(spec.shape) and isinstance(spec.name, str) and bool(spec.name)
+        if not good or not spec.name.isprintable() or "/" in spec.name:
+            raise PluginError(f"{what}: the tensor {spec.name!r} of shape {spec.shape} cannot be stored")
         if spec.symmetry_rows and spec.shape[0] != config.vocab_size:
             raise PluginError(
-                f"model.family = {name}: the tensor {spec.name} has symmetry_rows but {spec.shape[0]} rows: expected "
+                f"{what}: the tensor {spec.name} has symmetry_rows but {spec.shape[0]} rows: expected "
                 f"one for each of the {config.vocab_size} tokens"
             )
     if len({spec.name for spec in specs}) < len(specs):
-        raise PluginError(f"model.family = {name}: two tensors have the same name")
-    return specs
+        raise PluginError(f"{what}: two tensors have the same name")
 
 
 def make_model(family: Family, config: ModelConfig, parameters: ParameterBuffer, sequences: int) -> Any:
     """Make a model and check that it has what the contract asks for. Raises PluginError, MemoryError."""
-    model = family.make(config, parameters, sequences)
-    for name in ("loss", "loss_and_gradients"):
-        if not callable(getattr(model, name, None)):
-            raise PluginError(f"model.family = {config.family}: its model has no method {name}")
-    if getattr(model, "parameters", None) is not parameters:
-        raise PluginError(f"model.family = {config.family}: its model must keep the given buffer as `parameters`")
+    what = outside_family(family, config)
+    with plugin_errors(what):
+        model = family.make(config, parameters, sequences)
+        for name in ("loss", "loss_and_gradients"):
+            if not callable(getattr(model, name, None)):
+                raise PluginError(f"{what}: its model has no method {name}")
+        if getattr(model, "parameters", None) is not parameters:
+            raise PluginError(f"{what}: its model must keep the given buffer as `parameters`")
     return model
 
 
-def check_result(name: str, result: Any, batch: Batch) -> tuple[float, int]:
-    """Return what a model of a family called ``name`` returned for ``batch``. Raises PluginError where it cannot be."""
+def initialize(family: Family, config: ModelConfig, model: Any, seed: int) -> None:
+    """Have a family fill the parameters of its model. Raises PluginError."""
+    what = outside_family(family, config)
+    with plugin_errors(what):
+        family.initialize(model, seed)
+    bad = [name for name, tensor in model.parameters.tensors.items() if not np.isfinite(tensor).all()] if what else []
+    if bad:
+        raise PluginError(f"{what}: initialize gives {bad[0]} a value that is not finite")
+
+
+def figure_of(family: Family, name: str, config: ModelConfig, *others: Any) -> float:
+    """Return a figure that a family gives of itself, such as ``flops_per_token``; 0 where it does not.
+
+    Args:
+        family: The family.
+        name: The method that gives it.
+        config: The model's settings.
+        others: What the method is called with besides.
+
+    Raises:
+        PluginError: The method raised an exception, or returned something else.
+    """
+    counted, what = getattr(family, name, None), outside_family(family, config)
+    if counted is None:
+        return 0
+    with plugin_errors(f"{what}: {name}" if what else ""):
+        figure = counted(config, *others)
+        if not 0 <= figure < float("inf"):
+            raise PluginError(f"{what}: {name} returned {figure}: expected a number, 0 or more")
+    return figure
+
+
+def loss_of(model: Any, batch: Batch, what: str) -> tuple[float, int]:
+    """Return the loss of a batch, and the number of its targets.
+
+    Args:
+        model: The model.
+        batch: The batch.
+        what: How messages call its family, where that comes from outside the package; else empty.
+
+    Raises:
+        PluginError: The model raised an exception, or returned something else.
+    """
+    with plugin_errors(what):
+        result = model.loss(batch)
+    return check_result(what, result, batch) if what else result
+
+
+def check_result(what: str, result: Any, batch: Batch) -> tuple[float, int]:
+    """Return what a model returned for ``batch``. Raises PluginError, which says ``what`` it is, where it cannot be."""
     expected = int((batch.targets >= 0).sum())
     try:
         loss, tokens = float(result[0]), int(result[1])
     except (TypeError, ValueError, IndexError):
-        raise PluginError(f"model.family = {name}: expected (loss_sum, n_tokens), not {str(result)[:80]}") from None
+        raise PluginError(f"{what}: expected (loss_sum, n_tokens), not {str(result)[:80]}") from None
     if tokens != expected:
-        raise PluginError(f"model.family = {name}: it counted {tokens} targets where the batch has {expected}")
+        raise PluginError(f"{what}: it counted {tokens} targets where the batch has {expected}")
     return loss, tokens
 
 

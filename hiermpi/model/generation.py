@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hiermpi.errors import UserError
+from hiermpi.errors import PluginError, UserError, plugin_errors
 from hiermpi.model.contract import Batch, Decoder, DecodingModel, LogitsModel
 
 
@@ -33,6 +33,38 @@ class WindowDecoder:
         self.window = [*self.window, *map(int, rows)][-self.context_length :]
         inputs = np.array([self.window], np.int32)
         return self.model.logits(Batch(inputs, inputs, np.zeros(1, np.int64), 0, 0))[0, -1]
+
+
+def outside_model(model: Any) -> str:
+    """Return how messages call a model that is not one of the package's; nothing for one that is."""
+    kind = type(model)
+    return "" if kind.__module__.partition(".")[0] == "hiermpi" else f"the model {kind.__module__}:{kind.__qualname__}"
+
+
+class OutsideDecoder:
+    """A decoder whose errors, and logits that cannot be, are told in one sentence that names its model.
+
+    Args:
+        decoder: The decoder of a model from outside.
+        what: How messages call the model.
+        vocab_size: The number of logits, V.
+    """
+
+    def __init__(self, decoder: Decoder, what: str, vocab_size: int) -> None:
+        self.decoder = decoder
+        self.what = what
+        self.vocab_size = vocab_size
+
+    def extend(self, rows: Sequence[int]) -> NDArray[np.floating]:
+        """Append rows of the table; return the (V,) logits, over rows, of the one that follows."""
+        with plugin_errors(self.what):
+            logits = np.asarray(self.decoder.extend(rows))
+        if logits.shape != (self.vocab_size,) or logits.dtype.kind != "f" or not np.isfinite(logits).all():
+            raise PluginError(
+                f"{self.what}: its logits of a token are {logits.dtype} of shape {logits.shape}: expected finite "
+                f"floats of shape {(self.vocab_size,)}"
+            )
+        return logits
 
 
 def make_decoder(model: Any, context_length: int) -> Decoder:
@@ -110,8 +142,11 @@ def generate(
     Raises:
         UserError: The model gives no logits.
     """
-    decoder, generator = make_decoder(model, context_length), np.random.default_rng(seed)
-    row_of_token = model.parameters.row_of_token
+    row_of_token, what = model.parameters.row_of_token, outside_model(model)
+    with plugin_errors(what):
+        decoder, generator = make_decoder(model, context_length), np.random.default_rng(seed)
+    if what:
+        decoder = OutsideDecoder(decoder, what, len(row_of_token))
     chosen = row_of_token[: vocab_size or len(row_of_token)]
     logits = decoder.extend(row_of_token[np.asarray(prompt)])
     for index in range(count):

@@ -24,15 +24,15 @@ division by the tokens and the clipping are one factor, ``hyper.scale``. A whole
 It is chosen with ``--optimizer.rule my_module:RULE``.
 """
 
-from collections.abc import Mapping
-from math import cos, pi, sqrt
+from collections.abc import Mapping, Sequence
+from math import cos, isfinite, pi, sqrt
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hiermpi.config.registry import RULES, SCHEDULES
-from hiermpi.errors import PluginError
+from hiermpi.errors import PluginError, plugin_errors
 from hiermpi.kernels import Kernels, load_kernels
 from hiermpi.model.parameters import TensorSpec
 
@@ -97,17 +97,53 @@ def load_rule(choice: Any) -> Rule:
         PluginError: It does not keep the contract.
     """
     rule = RULES.load(choice) if isinstance(choice, str) else choice
+    name = RULES.described(choice)
+    with plugin_errors(name if RULES.outside(choice) else ""):
+        rule = rule() if isinstance(rule, type) else rule
+        require_rule(name, rule)
+    return rule
+
+
+def require_rule(name: str, rule: Any) -> None:
+    """Refuse what does not have the method and the state of a rule. Raises PluginError.
+
+    Args:
+        name: How messages call it.
+        rule: The rule.
+    """
     if not callable(getattr(rule, "update", None)):
-        raise PluginError(f"optimizer.rule = {choice}: it has no method update")
+        raise PluginError(f"{name}: it has no method update")
     state = getattr(rule, "state", None)
     names = state if isinstance(state, tuple) else None
     good = names is not None and all(isinstance(name, str) and name.isidentifier() for name in names)
     if names is None or not good or len(set(names)) < len(names):
         raise PluginError(
-            f"optimizer.rule = {choice}: its `state` must be a tuple of distinct names, such as ('momentum',), "
-            f"not {state!r}"
+            f"{name}: its `state` must be a tuple of distinct names, such as ('momentum',), not {state!r}"
         )
-    return rule
+
+
+def require_fit(rule: Rule, choice: Any, specs: Sequence[TensorSpec]) -> None:
+    """Refuse a rule from outside whose answers about the tensors of a model cannot be. Raises PluginError.
+
+    Args:
+        rule: The rule.
+        choice: What the user calls it.
+        specs: The tensors.
+    """
+    if not RULES.called(rule, choice):
+        return
+    name = f"optimizer.rule = {RULES.called(rule, choice)}"
+    for spec in specs:
+        with plugin_errors(f"{name}: the tensor {spec.name}"):
+            chosen = rule_of(rule, spec)
+            require_rule(f"{name}: the rule of the tensor {spec.name}", chosen)
+            missing = sorted(set(chosen.state) - set(rule.state))
+            if missing:
+                raise PluginError(
+                    f"{name}: the rule of the tensor {spec.name} keeps {', '.join(missing)}, which `state` does not "
+                    "name"
+                )
+            needs_whole(chosen, spec)
 
 
 def needs_whole(rule: Rule, spec: TensorSpec) -> bool:
@@ -142,9 +178,40 @@ class Schedule(Protocol):
 def load_schedule(choice: Any) -> Schedule:
     """Load a schedule by its name, ``package.module:object`` or the function itself. Raises UsageError, PluginError."""
     schedule = SCHEDULES.load(choice) if isinstance(choice, str) else choice
+    if not SCHEDULES.outside(choice):
+        return schedule
+    name = SCHEDULES.described(choice)
     if not callable(schedule):
-        raise PluginError(f"optimizer.schedule = {choice}: it is not a function of the step")
-    return schedule
+        raise PluginError(f"{name}: it is not a function of the step")
+    return OutsideSchedule(schedule, name)
+
+
+class OutsideSchedule:
+    """A schedule from outside; what it raises or breaks is told in one sentence that names it.
+
+    Args:
+        schedule: The schedule.
+        name: How messages call it.
+    """
+
+    def __init__(self, schedule: Schedule, name: str) -> None:
+        self.schedule = schedule
+        self.name = name
+
+    def __call__(
+        self, step: int, *, learning_rate: float, min_learning_rate: float, warmup_steps: int, decay_steps: int
+    ) -> float:
+        with plugin_errors(self.name):
+            rate = self.schedule(
+                step,
+                learning_rate=learning_rate,
+                min_learning_rate=min_learning_rate,
+                warmup_steps=warmup_steps,
+                decay_steps=decay_steps,
+            )
+            if not isfinite(rate) or rate < 0:
+                raise PluginError(f"{self.name}: its rate after {step} steps is {rate}: expected 0 or more")
+        return float(rate)
 
 
 def cosine(

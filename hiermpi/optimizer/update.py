@@ -8,20 +8,22 @@ An update reads one slot of parameters and state and writes another, which :meth
 :meth:`hiermpi.model.parameters.ParameterBuffer.flip` then put in its place. Until then it can be done again, or left.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import fsum, isfinite, sqrt
-from typing import NamedTuple
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hiermpi.config.schema import Config, OptimizerConfig
-from hiermpi.errors import PluginError, UserError
+from hiermpi.config.schema import Config, OptimizerConfig, WatchedTable
+from hiermpi.errors import PluginError, plugin_errors
 from hiermpi.hierarchy.ownership import FREE, Ownership, assign
 from hiermpi.hierarchy.topology import Topology
 from hiermpi.kernels import Kernels, load_kernels
+from hiermpi.kernels.memory import read_only
 from hiermpi.model.parameters import Lattice, ParameterBuffer, ParameterLayout
 from hiermpi.optimizer.rules import Hyper, Rule, Schedule, Values, needs_whole, rule_of
 
@@ -116,6 +118,23 @@ class OptimizerSettings:
         )
 
 
+class WatchedHyper(Hyper):
+    """The numbers of one update, which note in ``seen`` what a rule from outside reads of them."""
+
+    seen: set[str]
+
+    def __getattribute__(self, name: str) -> Any:
+        value = super().__getattribute__(name)
+        if name in Hyper._fields:
+            self.seen.add(name)
+            return MappingProxyType(WatchedTable(dict(value), self.seen)) if name == "options" else value
+        return value
+
+    def __iter__(self) -> Iterator[Any]:
+        self.seen.update(self._fields, (f"options.{name}" for name in super().__getattribute__("options")))
+        return super().__iter__()
+
+
 class Piece(NamedTuple):
     """What a rule updates at once: a run of elements that it treats alike, or a whole tensor."""
 
@@ -190,6 +209,8 @@ class Optimizer:
         self.spans = ownership.spans_of(owner)
         self.updates = 0
         """Updates applied so far."""
+        self.seen: set[str] = set()
+        """The settings that a rule from outside has read."""
         self.coupling = coupling
         self.elements = sum(stop - start for start, stop, _ in self.spans)
         """Elements of the vector that are owned."""
@@ -291,14 +312,20 @@ class Optimizer:
         self, piece: Piece, new: Values, old: Values, gradients: NDArray[np.float32], numbers: Hyper
     ) -> None:
         """Apply a rule from outside; what it raises or breaks is told in one sentence that names it."""
-        try:
-            piece.rule.update(new, old, gradients, numbers)
-        except UserError:
-            raise
-        except Exception as error:
-            raise PluginError(f"optimizer.rule = {self.name}: {type(error).__name__}: {error}") from error
-        if not np.isfinite(new.parameters).all() and np.isfinite(gradients).all():
-            raise PluginError(f"optimizer.rule = {self.name}: it made parameters that are not finite")
+        name = f"optimizer.rule = {self.name}"
+        before = Values(read_only(old.parameters), {key: read_only(vector) for key, vector in old.state.items()})
+        numbers = WatchedHyper(*numbers)
+        numbers.seen = self.seen
+        with plugin_errors(name):
+            returned: object = piece.rule.update(  # type: ignore[func-returns-value]
+                new, before, read_only(gradients), numbers
+            )
+        if returned is not None:
+            kind = type(returned).__name__
+            raise PluginError(f"{name}: update returned {kind}: it must write into `new`, and return None")
+        for what, vector in {"parameters": new.parameters, **new.state}.items():
+            if not np.isfinite(vector).all():
+                raise PluginError(f"{name}: it made {what} that are not finite")
 
     def commit(self) -> None:
         """Count the update, and make the state that it wrote the state."""

@@ -20,7 +20,7 @@ from hiermpi.config.schema import Config, ModelConfig
 from hiermpi.errors import UsageError
 from hiermpi.files import told, write_bytes, write_whole
 from hiermpi.hierarchy.topology import Topology, compute_slots
-from hiermpi.model.contract import load_family, specs_of
+from hiermpi.model.contract import figure_of, load_family, specs_of
 from hiermpi.model.parameters import ParameterLayout
 from hiermpi.optimizer.sums import sequences_at_once, summed_type
 from hiermpi.planning.plan import owned_elements, planned_ownership, shares_memory
@@ -216,9 +216,8 @@ def leaf_seconds(machine: Machine, config: Config, model: ModelConfig, sequences
 
 
 def token_flops(model: ModelConfig) -> float:
-    """Return the operations of a token as the model's family counts them, or 0 where it does not."""
-    counted = getattr(load_family(model.family), "flops_per_token", None)
-    return counted(model) if counted else 0.0
+    """The operations of a token, as the model's family counts them; 0 where it does not."""
+    return figure_of(load_family(model.family), "flops_per_token", model)
 
 
 def _sum_seconds(

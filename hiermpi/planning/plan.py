@@ -14,9 +14,9 @@ from hiermpi.config.registry import REDUCTIONS, SHARING_REDUCTIONS, is_outside
 from hiermpi.config.schema import Config, ModelConfig, listed
 from hiermpi.hierarchy.ownership import Ownership, summing
 from hiermpi.hierarchy.topology import Role, Topology, compute_slots
-from hiermpi.model.contract import load_family, specs_of
+from hiermpi.model.contract import figure_of, load_family, specs_of
 from hiermpi.model.parameters import ParameterLayout, SymmetryTable, symmetry_groups
-from hiermpi.optimizer.rules import load_rule
+from hiermpi.optimizer.rules import load_rule, require_fit
 from hiermpi.optimizer.sums import sequences_at_once, summed_type
 from hiermpi.optimizer.update import ownership_of, slots_of
 
@@ -247,9 +247,8 @@ def memory_of(
 
 
 def activations_of(model: ModelConfig, sequences: int) -> int:
-    """Return the bytes of a leaf that computes ``sequences`` at once; 0 where the family does not count them."""
-    counted = getattr(load_family(model.family), "workspace_bytes", None)
-    return counted(model, sequences) if sequences and counted else 0
+    """Bytes of a leaf that computes ``sequences`` at once; none where it never computes, or the family does not say."""
+    return int(figure_of(load_family(model.family), "workspace_bytes", model, sequences)) if sequences else 0
 
 
 def summed_parts(topology: Topology, ownership: Ownership, width: int, cores: int) -> list[float]:
@@ -297,8 +296,9 @@ def planned_ownership(topology: Topology, config: Config, model: ModelConfig) ->
     """
     groups = symmetry_groups(None, model.vocab_size, model.symmetry_order)
     class_bounds = SymmetryTable(groups, model.symmetry_order).class_bounds
-    layout = ParameterLayout(specs_of(load_family(model.family), model))
-    return ownership_of(config, topology, layout, class_bounds, load_rule(config.optimizer.rule))
+    specs, rule = specs_of(load_family(model.family), model), load_rule(config.optimizer.rule)
+    require_fit(rule, config.optimizer.rule, specs)
+    return ownership_of(config, topology, ParameterLayout(specs), class_bounds, rule)
 
 
 def owned_elements(ownership: Ownership) -> dict[int, int]:

@@ -15,22 +15,30 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hiermpi.communication.agreement import agreed, gather_objects
-from hiermpi.communication.autotune import make_reduction
+from hiermpi.communication.autotune import guarded, make_reduction
 from hiermpi.communication.communicators import Communicators
 from hiermpi.communication.node import ComputeSlots, make_compute_slots
 from hiermpi.communication.reduction import Reduction, Vectors, hand_down
 from hiermpi.communication.scatter import Scatter, make_scatter
-from hiermpi.config.registry import is_outside
-from hiermpi.config.schema import Config
+from hiermpi.config.registry import RULES
+from hiermpi.config.schema import Config, unread, watched
 from hiermpi.data.sequences import Sampler
 from hiermpi.errors import UserError
 from hiermpi.hierarchy.ownership import Ownership
 from hiermpi.hierarchy.routing import Router
 from hiermpi.kernels import load_kernels
 from hiermpi.kernels.loops import ID_COLUMNS
-from hiermpi.model.contract import Family, Model, load_family, make_model, micro_batch_sequences, specs_of
+from hiermpi.model.contract import (
+    Family,
+    Model,
+    load_family,
+    make_model,
+    micro_batch_sequences,
+    outside_family,
+    specs_of,
+)
 from hiermpi.model.parameters import ParameterBuffer, ParameterLayout, SymmetryTable, symmetry_groups
-from hiermpi.optimizer.rules import Rule, load_rule, load_schedule
+from hiermpi.optimizer.rules import Rule, Schedule, load_rule, load_schedule, require_fit
 from hiermpi.optimizer.sums import differing, routed_together, summed_type
 from hiermpi.optimizer.update import Optimizer, OptimizerSettings, ownership_of, slots_of
 from hiermpi.signals import NeverStop, StopRequests
@@ -77,7 +85,7 @@ class Rank:
     """The measured seconds of each reduction, where one was chosen by time."""
     model: Model
     outside_model: str
-    """The text by which the user names a model family from outside the package; it is empty for a registered family."""
+    """How messages call the model's family, where it comes from outside the package; else empty."""
     slots: ComputeSlots
     optimizer: Optimizer | None
     """The optimizer on the root and on owners; None elsewhere."""
@@ -88,6 +96,15 @@ class Rank:
     stopping: StopRequests
     progress: Progress
     training: bool
+    seen: set[str]
+    """The settings that a family from outside has read."""
+
+    def unread(self) -> list[str]:
+        """Return the settings that the user changed and that neither hiermpi nor code from outside reads."""
+        found = unread("model", self.config.model, self.seen) if self.outside_model else []
+        if self.optimizer is not None and self.optimizer.name and self.optimizer.seen:
+            found += unread("optimizer", self.config.optimizer, self.optimizer.seen)
+        return found
 
     def batch_source(self, data: Corpus) -> BatchSource:
         """Make the source of the batches from ``data``; only the root calls this."""
@@ -140,19 +157,24 @@ def assemble(
         family = load_family(choices.family or config.model.family)
         rule = load_rule(choices.rule or config.optimizer.rule)
         schedule = load_schedule(config.optimizer.schedule)
-        specs = specs_of(family, config.model)
+        seen: set[str] = set()
+        shape = watched(config.model, seen) if outside_family(family, config.model) else config.model
+        specs = specs_of(family, shape)
+        require_fit(rule, choices.rule or config.optimizer.rule, specs)
+        if training:
+            require_rates(config, schedule)
     classes = symmetry_classes(config, comms, data)
     table = SymmetryTable(classes, config.model.symmetry_order)
     layout = ParameterLayout(specs)
     ownership = ownership_of(config, comms.topology, layout, table.class_bounds, rule)
     vectors = Vectors(summed_type(config), slots_of(config), tuple(rule.state))
     chosen = make_reduction(choices.reduction or config.hierarchy.reduction, comms, ownership, vectors, known)
-    reduction = chosen.reduction
+    reduction = guarded(chosen.reduction, chosen.name)
     sequences = micro_batch_sequences(config.model, config.train.micro_batch_size)
     with agreed(comms.world, comms.waiter):
         parameters = ParameterBuffer(specs, storage=reduction.parameter_slots(), symmetry=table)
-        model = make_model(family, config.model, parameters, sequences)
-    slots = make_compute_slots(comms, model, config.run.threads_per_rank)
+        model = make_model(family, shape, parameters, sequences)
+    slots = make_compute_slots(comms, model, config.run.threads_per_rank, outside_family(family, config.model))
     settings = OptimizerSettings(config.optimizer, config.train.grad_clip, config.train.steps, schedule)
     number = ownership.number(comms.rank)
     optimizer = None
@@ -167,7 +189,7 @@ def assemble(
             table.class_bounds,
             load_kernels(),
             config.lattice.coupling,
-            outside_name(choices.rule, config.optimizer.rule),
+            RULES.called(rule, choices.rule or config.optimizer.rule),
         )
     width = ID_COLUMNS + config.model.context_length + 1
     usual = max(config.train.batch_size, comms.topology.n_leaves)
@@ -182,7 +204,7 @@ def assemble(
         chosen.name,
         chosen.seconds,
         model,
-        outside_name(choices.family, config.model.family),
+        outside_family(family, config.model),
         slots,
         optimizer,
         settings.learning_rate,
@@ -191,16 +213,22 @@ def assemble(
         stopping or NeverStop(),
         progress,
         training,
+        seen,
     )
     spread_state(rank, state, config.train.seed)
     return rank
 
 
-def outside_name(given: Any, named: str) -> str:
-    """Return the user's text for an object from outside the package, or an empty text for a registered one."""
-    if given is not None and not isinstance(given, str):
-        return f"{getattr(given, '__module__', '')}:{getattr(given, '__qualname__', type(given).__qualname__)}"
-    return (given or named) if is_outside(given or named) else ""
+def require_rates(config: Config, schedule: Schedule) -> None:
+    """Ask a schedule for its first, middle and last rate: what is wrong with it is known before any work then.
+
+    Raises:
+        PluginError: One from outside raised an exception, or gave a rate that cannot be.
+    """
+    steps = config.train.steps
+    settings = OptimizerSettings(config.optimizer, config.train.grad_clip, steps, schedule)
+    for step in {0, steps // 2, max(steps - 1, 0)}:
+        settings.learning_rate(step)
 
 
 def symmetry_classes(config: Config, comms: Communicators, data: Corpus | None) -> NDArray[np.uint8]:

@@ -16,7 +16,7 @@ from hiermpi.config.schema import Config, HierarchyConfig, ModelConfig, TrainCon
 from hiermpi.data.tokenizers import tokenizer_from_json
 from hiermpi.errors import UserError
 from hiermpi.hierarchy.routing import even_leaves
-from hiermpi.model.contract import Family, Model
+from hiermpi.model.contract import Family, Model, family_of, loss_of, outside_family
 from hiermpi.optimizer.sums import rounded_loss
 from hiermpi.training.batches import EvaluationSource, records_to_batch
 
@@ -52,20 +52,26 @@ class Evaluation(NamedTuple):
         return self.loss / log(2.0) * tokens_per_byte
 
 
-def loss_in_units(model: Model, rows: NDArray[np.int32]) -> tuple[float, int]:
-    """Add up the loss and the targets of windows unit by unit; the bits do not depend on which rank computes a unit."""
+def loss_in_units(model: Model, rows: NDArray[np.int32], outside: str = "") -> tuple[float, int]:
+    """Add up the loss and the targets of some windows unit by unit: the same bits whoever computes which unit.
+
+    Args:
+        model: The model.
+        rows: The windows, as records.
+        outside: How messages call the model's family, where it comes from outside the package.
+    """
     loss, tokens = 0.0, 0
     for first in range(0, len(rows), EVALUATION_UNIT):
-        part = model.loss(records_to_batch(rows[first : first + EVALUATION_UNIT], 0, 0))
+        part = loss_of(model, records_to_batch(rows[first : first + EVALUATION_UNIT], 0, 0), outside)
         loss, tokens = loss + rounded_loss(part[0]), tokens + part[1]
     return loss, tokens
 
 
-def evaluate_alone(model: Model, source: EvaluationSource) -> Evaluation:
+def evaluate_alone(model: Model, source: EvaluationSource, outside: str = "") -> Evaluation:
     """Compute the mean loss over ``source`` in this process."""
     loss, tokens = 0.0, 0
     for first in range(0, len(source), EVALUATION_UNIT):
-        part = loss_in_units(model, source.records(first, min(first + EVALUATION_UNIT, len(source))))
+        part = loss_in_units(model, source.records(first, min(first + EVALUATION_UNIT, len(source))), outside)
         loss, tokens = loss + part[0], tokens + part[1]
     return Evaluation(loss / max(tokens, 1), tokens)
 
@@ -112,7 +118,7 @@ class Evaluator:
         loss, tokens = 0.0, 0
         if len(rows):
             with self.rank.slots:
-                loss, tokens = loss_in_units(self.rank.model, rows)
+                loss, tokens = loss_in_units(self.rank.model, rows, self.rank.outside_model)
         return np.array([loss, tokens, float(self.rank.stopping.requested())])
 
 
@@ -160,7 +166,7 @@ def evaluate(
     scored = open_scored(Path(source), Path(data), split, family)
     model = load_model(scored.checkpoint, scored.dataset.symmetry_group, scored.family)
     windows = EvaluationSource(scored.dataset, split, scored.shape.context_length, model.parameters.row_of_token)
-    return result_of(evaluate_alone(model, windows), scored, split)
+    return result_of(evaluate_alone(model, windows, outside_family(scored.family, scored.shape)), scored, split)
 
 
 def _evaluate_together(source: Path, data: Path, split: str, family: Any, comm: "MPI.Comm") -> Result:
@@ -217,7 +223,7 @@ def open_scored(source: Path, data: Path, split: str, family: Any) -> Scored:
     """
     from hiermpi.storage.checkpoint import model_config
     from hiermpi.storage.dataset import open_dataset
-    from hiermpi.training.opening import family_of, open_checkpoint
+    from hiermpi.training.opening import open_checkpoint
 
     checkpoint = open_checkpoint(source)
     dataset = open_dataset(data)

@@ -10,13 +10,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hiermpi.config.registry import is_outside
-from hiermpi.config.schema import Config, ModelConfig, flatten
+from hiermpi.config.schema import Config, flatten
 from hiermpi.data.sequences import Sampler
 from hiermpi.data.tokenizers import tokenizer_from_json
 from hiermpi.errors import UsageError
 from hiermpi.kernels import load_kernels
-from hiermpi.model.contract import Family, load_family, make_model, micro_batch_sequences, specs_of
+from hiermpi.model.contract import Family, family_of, make_model, micro_batch_sequences, specs_of
 from hiermpi.model.generation import Sampling
 from hiermpi.model.generation import generate as generate_tokens
 from hiermpi.model.parameters import ParameterBuffer, SymmetryTable, require_tensors, symmetry_groups
@@ -170,29 +169,6 @@ def open_checkpoint(source: Path) -> Checkpoint:
     if source.is_dir():
         return RunFolder(source).newest_checkpoint()[1]
     return load_checkpoint(source, with_state=False)
-
-
-def family_of(shape: ModelConfig, given: Any, source: Path) -> Family:
-    """Return the family of a checkpoint's model.
-
-    A registered family is loaded by the name in the checkpoint. A family from outside the package is never imported
-    because a file names it: the user must give the same text, or the object.
-
-    Args:
-        shape: The model's settings in the checkpoint.
-        given: The family that the user gave: a text, an object, or None.
-        source: The path of the checkpoint, for the message.
-    """
-    if given is not None and not isinstance(given, str):
-        return load_family(given)
-    if is_outside(shape.family) and given != shape.family:
-        raise UsageError(
-            f"the model in {source} is of the family {shape.family}, which is not a part of hiermpi: add "
-            f"--model.family {shape.family} to have that code imported"
-        )
-    if given and given != shape.family:
-        raise UsageError(f"--model.family {given}: the model in {source} is of the family {shape.family}")
-    return load_family(shape.family)
 
 
 def load_model(

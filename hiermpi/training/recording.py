@@ -5,16 +5,18 @@ the progress bar, and the sinks that ``run.sinks`` names. Another sink is one cl
 in a file of its own or of the user's.
 """
 
+import copy
 import csv
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TextIO, runtime_checkable
 
 from hiermpi.config.registry import SINKS
 from hiermpi.config.schema import Config, flatten, listed
-from hiermpi.errors import PluginError
+from hiermpi.errors import PluginError, plugin_errors
 from hiermpi.files import told
 from hiermpi.progress import ProgressBar
 from hiermpi.storage.checkpoint import Checkpoint, CheckpointWriter
@@ -162,12 +164,49 @@ def make_sinks(config: Config, bar: ProgressBar) -> list[Sink]:
     sinks: list[Sink] = [MetricsSink(), LogSink(bar)]
     for text in listed(config.run.sinks):
         made = SINKS.load(text)
-        sink = made() if callable(made) else made
-        missing = [name for name in ("open", "record", "close") if not callable(getattr(sink, name, None))]
-        if missing:
-            raise PluginError(f"run.sinks: {text} has no method {missing[0]}: a sink needs open, record and close")
-        sinks.append(sink)
+        if not SINKS.outside(text):
+            sinks.append(made())
+            continue
+        with plugin_errors(f"run.sinks: {text}"):
+            sink = made() if callable(made) else made
+            missing = [name for name in ("open", "record", "close") if not callable(getattr(sink, name, None))]
+            if missing:
+                raise PluginError(f"run.sinks: {text} has no method {missing[0]}: a sink needs open, record and close")
+            sinks.append((OutsideRanksSink if isinstance(sink, RanksSink) else OutsideSink)(sink, f"run.sinks: {text}"))
     return sinks
+
+
+class OutsideSink:
+    """A sink from outside; what it raises is told in one sentence that names it, and it cannot alter a row.
+
+    Args:
+        sink: The sink.
+        what: How messages call it.
+    """
+
+    def __init__(self, sink: Any, what: str) -> None:
+        self.sink = sink
+        self.what = what
+
+    def open(self, run: Run) -> None:
+        with plugin_errors(self.what):
+            self.sink.open(run)
+
+    def record(self, row: Mapping[str, Any]) -> None:
+        with plugin_errors(self.what):
+            self.sink.record(copy.deepcopy(dict(row)))
+
+    def close(self) -> None:
+        with plugin_errors(self.what):
+            self.sink.close()
+
+
+class OutsideRanksSink(OutsideSink):
+    """One that wants to know of every rank."""
+
+    def ranks(self, records: Sequence[Mapping[str, Any]]) -> None:
+        with plugin_errors(self.what):
+            self.sink.ranks(records)
 
 
 class Recorder:
@@ -185,7 +224,7 @@ class Recorder:
         self.phases = phases
         self.last_loss = float("nan")
         self._before = dict(phases.seconds)
-        self._opened: list[Sink] = []
+        self._opened = ExitStack()
 
     @property
     def wants_ranks(self) -> bool:
@@ -194,13 +233,16 @@ class Recorder:
 
     def __enter__(self) -> "Recorder":
         for sink in self.sinks:
-            sink.open(self.run)
-            self._opened.append(sink)
+            try:
+                sink.open(self.run)
+            except BaseException:
+                self._opened.close()
+                raise
+            self._opened.callback(sink.close)
         return self
 
     def __exit__(self, *error: object) -> None:
-        while self._opened:
-            self._opened.pop().close()
+        self._opened.close()
 
     def record(self, result: StepResult, evaluation: Evaluation | None) -> None:
         """Give the row of a committed step to every sink."""

@@ -221,7 +221,11 @@ class Session:
         )
         self._keep_reduction(layout)
         self._saved_step = rank.progress.step or -1
-        self.trainer = Trainer(rank, rank.batch_source(opened.dataset) if opened else None)
+        source = None
+        with agreed(comms.world, comms.waiter):
+            if opened:
+                source = rank.batch_source(opened.dataset)
+        self.trainer = Trainer(rank, source)
         windows = None
         if opened:
             limit = config.train.eval_batches * config.train.batch_size
@@ -251,6 +255,8 @@ class Session:
         train = self.config.train
         while self.rank.progress.step < train.steps:
             result = self.trainer.step()
+            if recorder and result.step == self.start.progress.step + 1:
+                warn_of_unread(self.rank)
             stop, evaluation = result.stop, None
             last = result.step == train.steps
             if last or (train.eval_interval and result.step % train.eval_interval == 0):
@@ -383,6 +389,13 @@ class Session:
         folder.truncate_metrics(step)
         recorder = Recorder(Run(folder.path, config, step), sinks, self.rank.phases)
         return recorder, Saver(folder, config, opened.dataset, step)
+
+
+def warn_of_unread(rank: Rank) -> None:
+    """Name the settings that the user changed and that have no effect on a family or rule from outside, in one line."""
+    names = rank.unread()
+    if names:
+        logger.warning("%s: changed, but nothing reads %s", ", ".join(names), "it" if len(names) == 1 else "them")
 
 
 def rank_record(rank: Rank, trainer: Trainer, first_step: int, elapsed: float) -> dict[str, Any]:

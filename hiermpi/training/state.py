@@ -16,6 +16,7 @@ from hiermpi.communication.agreement import agreed
 from hiermpi.communication.scatter import deal_out_owned, gather_owned
 from hiermpi.errors import UsageError
 from hiermpi.kernels.memory import lazy_zeros
+from hiermpi.model.contract import initialize
 
 if TYPE_CHECKING:
     from hiermpi.training.assembly import Rank
@@ -71,7 +72,7 @@ def spread_state(rank: "Rank", state: RunState | None, seed: int) -> None:
                     "that the run was started with"
                 )
         elif comms.rank == 0:
-            rank.family.initialize(model, seed)
+            initialize(rank.family, rank.config.model, model, seed)
     rank.reduction.share(model.parameters.vector)
     if not rank.progress.updates or not rank.training:
         return

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from hiermpi.communication.agreement import gather_objects
 from hiermpi.data.sequences import unpack_records
-from hiermpi.errors import PluginError, UserError
+from hiermpi.errors import UserError, plugin_errors
 from hiermpi.kernels.loops import ID_COLUMNS
 from hiermpi.model.contract import Batch, WritingModel, check_result
 from hiermpi.optimizer.sums import all_finite, make_sums
@@ -181,15 +181,10 @@ class Trainer:
             return self.model.loss_and_gradients(batch, self.sums.room)
 
     def _from_outside(self, batch: Batch) -> tuple[float, int]:
-        """Compute the same with a model from outside. Raises PluginError where it raises or breaks its contract."""
-        name = self.rank.outside_model
-        try:
+        """Do the same with a model from outside; what it raises or breaks is told in one sentence that names it."""
+        with plugin_errors(self.rank.outside_model):
             result = self._from_model(batch)
-        except UserError:
-            raise
-        except Exception as error:
-            raise PluginError(f"model.family = {name}: {type(error).__name__}: {error}") from error
-        return check_result(name, result, batch)
+        return check_result(self.rank.outside_model, result, batch)
 
     def _optimize(self, sums: NDArray[np.float64], total: NDArray) -> Verdict:
         """Decide on the step and, unless it must be skipped, update the owned parameters.
@@ -240,9 +235,10 @@ class Trainer:
         progress.skipped_in_a_row += 1
         self._report_skip(verdict)
         if progress.skipped_in_a_row >= MOST_SKIPPED_IN_A_ROW:
+            outside = f"{self.rank.outside_model}: " if self.rank.outside_model else ""
             error = UserError(
-                f"{MOST_SKIPPED_IN_A_ROW} steps in a row up to step {progress.step} gave a loss or gradient that is "
-                "not finite: lower optimizer.learning_rate, or go back to an earlier checkpoint with --resume PATH"
+                f"{outside}{MOST_SKIPPED_IN_A_ROW} steps in a row up to step {progress.step} gave a loss or gradient "
+                "that is not finite: lower optimizer.learning_rate, or go back to a checkpoint with --resume PATH"
             )
             error.everywhere = True
             raise error

@@ -1,8 +1,13 @@
 """Every sequence goes to exactly one leaf, and the modes do what their names say."""
 
+import sys
+import types
+
 import numpy as np
 import pytest
 
+from hiermpi.config.registry import ROUTINGS
+from hiermpi.errors import PluginError
 from hiermpi.hierarchy.routing import Router, even_leaves
 from hiermpi.hierarchy.topology import Topology
 from hiermpi.kernels import loops
@@ -150,3 +155,45 @@ def test_what_was_learned_changes_no_share(batch, unit_size):
     assert routing.own_tokens == fresh.route(tokens).own_tokens
     units = -(-batch // unit_size)
     assert np.bincount(routing.leaf[::unit_size], minlength=13).max() <= -(-units // 13)
+
+
+def choose_bin(number):
+    """Make a rule that gives every unit the same bin."""
+    return lambda counts, _capacity, _frequency: np.full(len(counts), number)
+
+
+@pytest.mark.parametrize("number", [-1, 13, 10**6])
+def test_a_bin_that_is_not_is_refused_before_it_is_used(number, monkeypatch):
+    place = f"{__name__}:RULE"
+    with pytest.raises(PluginError, match=f"it chose bin {number} for unit 0: expected one of 0, 1, "):
+        make_router(13, choose_bin(number)).route(np.zeros((5, 8), np.int32))
+    monkeypatch.setitem(sys.modules, __name__, sys.modules.get(__name__, types.ModuleType(__name__)))
+    monkeypatch.setattr(sys.modules[__name__], "RULE", choose_bin(number), raising=False)
+    monkeypatch.setattr(ROUTINGS, "_places", dict(ROUTINGS._places))
+    ROUTINGS.add("registered", place)
+    with pytest.raises(PluginError, match=f"hierarchy.routing = registered: it chose bin {number}"):
+        make_router(13, "registered").route(np.zeros((5, 8), np.int32))
+
+
+def test_a_bin_without_a_leaf_is_refused():
+    with pytest.raises(PluginError, match="it chose bin 12"):
+        make_router(14, choose_bin(12), coordinators="dedicated").route(np.zeros((5, 8), np.int32))
+
+
+def test_what_a_rule_from_outside_is_given_cannot_be_written():
+    given = []
+
+    class Rule:
+        def learn(self, counts, capacity):
+            given.extend([counts, capacity])
+
+        def __call__(self, counts, capacity, frequency):
+            given.extend([counts, capacity, frequency])
+            return np.zeros(len(counts), np.int64)
+
+    router = make_router(13, Rule)
+    router.learn(router.counts(np.zeros((5, 8), np.int32)))
+    router.route(np.zeros((5, 8), np.int32))
+    assert len(given) == 5
+    assert not any(array.flags.writeable for array in given)
+    assert router.frequency.flags.writeable
