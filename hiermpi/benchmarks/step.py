@@ -140,14 +140,17 @@ def bench_step(config: Config, world: MPI.Comm, rounds: int = 12, peers: bool = 
 
 
 def steps_per_turn(trainer: Trainer, comms: Communicators) -> int:
-    """Return the number of steps in a turn, after which caches are warm again. Collective over the hierarchy."""
+    """Return the number of steps that fill a turn. Collective over the hierarchy.
+
+    A turn has several steps because another method's turn leaves the caches cold.
+    """
     for _ in range(2):
         seconds = trainer.step().seconds
     return broadcast_object(comms.world, max(1, min(20, round(TURN_SECONDS / seconds))), comms.waiter)
 
 
 def step_flops(config: Config) -> float:
-    """The floating-point operations of a step; 0 where the model's family does not give them."""
+    """Return the floating-point operations of a step, or 0 where the model's family does not count them."""
     of_token = figure_of(load_family(config.model.family), "flops_per_token", config.model)
     return of_token * config.train.batch_size * config.model.context_length
 

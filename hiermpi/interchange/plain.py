@@ -91,7 +91,7 @@ def assembled(tensors: dict[str, np.ndarray], texts: dict[str, str], path: Path)
         tokenizer = tokenizer_from_json(texts[TOKENIZER])
     except (TypeError, ValueError, DamagedFile) as error:
         raise UserError(f"{path}: its description is not valid: {error}") from None
-    if is_outside(config.family):  # its tensors are compared with its family where the user gives that
+    if is_outside(config.family):  # the tensors are compared with those of the family where the user gives it
         return imported(config, tensors, tokenizer)
     return imported(config, fitted(config, tensors, str(path)), tokenizer)
 

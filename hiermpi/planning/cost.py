@@ -216,7 +216,7 @@ def leaf_seconds(machine: Machine, config: Config, model: ModelConfig, sequences
 
 
 def token_flops(model: ModelConfig) -> float:
-    """The operations of a token, as the model's family counts them; 0 where it does not."""
+    """Return the operations of a token as the model's family counts them, or 0 where it does not."""
     return figure_of(load_family(model.family), "flops_per_token", model)
 
 

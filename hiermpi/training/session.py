@@ -392,7 +392,7 @@ class Session:
 
 
 def warn_of_unread(rank: Rank) -> None:
-    """Name the settings that the user changed and that have no effect on a family or rule from outside, in one line."""
+    """Log in one line the changed settings that have no effect on a family or rule from outside."""
     names = rank.unread()
     if names:
         logger.warning("%s: changed, but nothing reads %s", ", ".join(names), "it" if len(names) == 1 else "them")

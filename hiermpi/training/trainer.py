@@ -181,7 +181,7 @@ class Trainer:
             return self.model.loss_and_gradients(batch, self.sums.room)
 
     def _from_outside(self, batch: Batch) -> tuple[float, int]:
-        """Do the same with a model from outside; what it raises or breaks is told in one sentence that names it."""
+        """Compute the same with a model from outside. Raises PluginError where it raises or breaks its contract."""
         with plugin_errors(self.rank.outside_model):
             result = self._from_model(batch)
         return check_result(self.rank.outside_model, result, batch)
