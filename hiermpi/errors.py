@@ -17,7 +17,7 @@ class UserError(Exception):
 
     exit_code = EXIT_ERROR
     everywhere = False
-    """Whether every rank raises the error; otherwise the rank that raises it must end the others."""
+    """This is true if every rank raises the error; otherwise the rank that raises it must end the others."""
 
 
 class UsageError(UserError):
@@ -31,16 +31,16 @@ class PluginError(UserError):
 
 
 class DamagedFile(UserError):
-    """A file is not what it claims to be: truncated, altered, foreign or of an unknown version."""
+    """An error of a file that is not what it claims to be: truncated, altered, foreign or of an unknown version."""
 
 
 @contextmanager
 def plugin_errors(what: str) -> Iterator[None]:
-    """Run code from outside the package; tell what it raises in one sentence.
+    """Run code from outside the package, and turn its exceptions into a PluginError of one sentence.
 
     Args:
-        what: How the user chose it, such as ``optimizer.rule = my_module:RULE``. Where it is empty, the code is of the
-            package, and what it raises is left as it is.
+        what: The user's choice of the code, such as ``optimizer.rule = my_module:RULE``. It is empty for code of the
+            package, whose exceptions pass unchanged.
 
     Raises:
         PluginError: The body raised anything but a UserError.

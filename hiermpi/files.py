@@ -1,4 +1,4 @@
-"""Functions that write files whole or not at all, and state errors of the file system in one sentence."""
+"""The module writes files whole or not at all, and states errors of the file system in one sentence."""
 
 import contextlib
 import errno

@@ -69,7 +69,7 @@ class ProgressBar:
 
     @property
     def live(self) -> bool:
-        """Whether a bar is drawn on a terminal."""
+        """Return whether a bar is drawn on a terminal."""
         return self._bar is not None
 
     def __enter__(self) -> "ProgressBar":

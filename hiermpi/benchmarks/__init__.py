@@ -1,1 +1,1 @@
-"""The benchmarks measure methods in turns within one run, and report the ratios of their medians."""
+"""The benchmarks measure methods alternately within one run, and report the ratios of their medians."""

@@ -1,4 +1,4 @@
-"""The module times methods in turns, formats the results, and measures every kernel, numpy against compiled."""
+"""The module times methods alternately, formats the results, and compares every kernel in numpy and compiled."""
 
 import statistics
 import time

@@ -1,10 +1,10 @@
 """The module times the training step with compiled and numpy kernels, against sgemm, the peak rate and PyTorch.
 
 Every method does the same work per call: one optimizer step on the same number of sequences of the same shapes, on the
-same cores. PyTorch runs inside the same job, in turns: as DDP over gloo on the same processes, as one process with all
-threads, and compiled where that works; the best of these is the peer. The result lists which forms ran, and why others
-did not. The step's floating-point operations are also timed as one large product, and as multiply-adds on registers
-alone, which is a lower bound for every method.
+same cores. PyTorch runs inside the same job and alternates with the others: as DDP over gloo on the same processes, as
+one process with all threads, and compiled where that works; the best of these is the peer. The result lists which forms
+ran, and why others did not. The step's floating-point operations are also timed as one large product, and as
+multiply-adds on registers alone, which is a lower bound for every method.
 """
 
 import dataclasses
@@ -140,14 +140,17 @@ def bench_step(config: Config, world: MPI.Comm, rounds: int = 12, peers: bool = 
 
 
 def steps_per_turn(trainer: Trainer, comms: Communicators) -> int:
-    """Return the number of steps in a turn, after which caches are warm again. Collective over the hierarchy."""
+    """Return the number of steps that fill a turn. Collective over the hierarchy.
+
+    A turn has several steps because another method's turn leaves the caches cold.
+    """
     for _ in range(2):
         seconds = trainer.step().seconds
     return broadcast_object(comms.world, max(1, min(20, round(TURN_SECONDS / seconds))), comms.waiter)
 
 
 def step_flops(config: Config) -> float:
-    """The floating-point operations of a step; 0 where the model's family does not give them."""
+    """Return the floating-point operations of a step, or 0 where the model's family does not count them."""
     of_token = figure_of(load_family(config.model.family), "flops_per_token", config.model)
     return of_token * config.train.batch_size * config.model.context_length
 

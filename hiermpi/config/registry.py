@@ -51,7 +51,7 @@ class Registry(Mapping[str, Any]):
         self._own.discard(name)
 
     def outside(self, choice: Any) -> str:
-        """Return what the user calls an object that is not one of the package's; nothing for one that is.
+        """Return the user's text for an object from outside the package, or an empty text for one of the package.
 
         Args:
             choice: A registered name, ``package.module:object``, or the object itself.
@@ -68,7 +68,7 @@ class Registry(Mapping[str, Any]):
         return self.outside(choice)
 
     def called(self, made: Any, choice: Any) -> str:
-        """Return what the user calls an object that was made for a choice; nothing for one of the package's.
+        """Return the user's text for an object that was made for a choice, or an empty text for one of the package.
 
         Args:
             made: The object.
@@ -78,7 +78,7 @@ class Registry(Mapping[str, Any]):
         return "" if module.partition(".")[0] == "hiermpi" else self.outside(choice) or self.outside(made)
 
     def described(self, choice: Any) -> str:
-        """Return how messages call a choice, such as ``optimizer.rule = adamw``."""
+        """Return the text by which messages name a choice, such as ``optimizer.rule = adamw``."""
         return f"{self.setting} = {self.outside(choice) or choice}"
 
     def check(self, text: str) -> None:

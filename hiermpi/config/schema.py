@@ -231,16 +231,17 @@ READ_BY_HIERMPI = {
         {"rule", "schedule", "learning_rate", "min_learning_rate", "warmup_steps", "decay_steps", "placement"}
     ),
 }
-"""Settings that have an effect whatever a family or rule from outside the package reads. What it does not read of the
-others has none, and the log says so."""
+"""The settings that have an effect with every family or rule from outside the package. Other settings that the
+outside code does not read have no effect, which is logged.
+"""
 
 
 class WatchedTable(dict[str, Any]):
-    """A table that notes its entries that were read as ``options.NAME``.
+    """A table that notes which of its entries are read, as ``options.NAME``.
 
     Args:
         entries: The entries.
-        seen: What was read.
+        seen: The set that receives the names of the entries that are read.
     """
 
     def __init__(self, entries: dict[str, Any], seen: set[str]) -> None:
@@ -280,7 +281,7 @@ class WatchedTable(dict[str, Any]):
 
 
 class WatchedModelConfig(ModelConfig):
-    """The settings of a model, which note what was read in the set ``seen``."""
+    """The settings of a model, which add the names of the settings that are read to the set ``seen``."""
 
     def __getattribute__(self, name: str) -> Any:
         value = super().__getattribute__(name)
@@ -293,19 +294,19 @@ class WatchedModelConfig(ModelConfig):
 
 
 def watched(config: ModelConfig, seen: set[str]) -> ModelConfig:
-    """Return the same settings; what is read of them is added to ``seen``."""
+    """Return the same settings as an object that adds the names of those that are read to ``seen``."""
     made = WatchedModelConfig(**{entry.name: getattr(config, entry.name) for entry in fields(config)})
     object.__setattr__(made, "_seen", seen)
     return made
 
 
 def unread(section: str, config: ModelConfig | OptimizerConfig, seen: set[str]) -> list[str]:
-    """Return the settings of a section that differ from their default and that nobody reads.
+    """Return the settings of a section that differ from their default and that no code reads.
 
     Args:
-        section: ``model`` or ``optimizer``.
-        config: The section.
-        seen: What code from outside has read.
+        section: The name of the section, ``model`` or ``optimizer``.
+        config: The settings of the section.
+        seen: The names of the settings that code from outside has read.
     """
     default, found = type(config)(), []
     for entry in fields(config):

@@ -47,14 +47,14 @@ class Format(Protocol):
 
 
 def load_format(choice: Any) -> Format:
-    """Load a format and check that it has what the contract asks for.
+    """Load a format and check that it keeps the contract.
 
     Args:
         choice: A registered name, ``package.module:object``, or the format itself.
 
     Raises:
         UsageError: There is no such format.
-        PluginError: It does not keep the contract.
+        PluginError: The format does not keep the contract.
     """
     what = FORMATS.described(choice)
     form = FORMATS.load(choice) if isinstance(choice, str) else choice
@@ -71,13 +71,13 @@ def load_format(choice: Any) -> Format:
 
 
 def export(checkpoint: Checkpoint, out: Path, kind: Any, force: bool, family: Family | None = None) -> Path:
-    """Write the model of ``checkpoint`` in some format; whole or not at all.
+    """Write the model of ``checkpoint`` in a format; the output is whole or it is not made.
 
     Args:
         checkpoint: The checkpoint; its state is not needed.
-        out: A folder to make; for formats of one file also a file with the format's ending.
+        out: The folder to make; for formats of one file it may also be a file with the format's ending.
         kind: The name of the format, ``package.module:object``, or the format itself.
-        force: Whether what stands at ``out`` is replaced.
+        force: Whether an existing file or folder at ``out`` is replaced.
         family: The family of the model; by default the registered one that the checkpoint names.
 
     Returns:
@@ -112,7 +112,7 @@ def export(checkpoint: Checkpoint, out: Path, kind: Any, force: bool, family: Fa
 
 
 def is_export(folder: Path, names: Sequence[str] = ()) -> bool:
-    """Tell whether everything in ``folder`` is of an exported model, or is called like one of ``names``."""
+    """Return whether every entry of ``folder`` belongs to an exported model or has one of ``names``."""
     allowed = {name for kind in FORMATS for name in FORMATS[kind].file_names} | set(names)
     return all(path.name in allowed or path.stem == "model" for path in folder.iterdir())
 
@@ -186,12 +186,12 @@ def imported(shape: ModelConfig, tensors: dict[str, NDArray[np.float32]], tokeni
 def fitted(
     config: ModelConfig, found: dict[str, NDArray], source: str, family: Family | None = None
 ) -> dict[str, NDArray[np.float32]]:
-    """Return the tensors of the model's shape among ``found``, as float32.
+    """Return those of the found tensors that the model has, as float32.
 
     Args:
         config: The model's settings.
-        found: Tensors by our names, in token order.
-        source: Where they come from, for messages.
+        found: The tensors by hiermpi's names, in token order.
+        source: The name of the source, for messages.
         family: The family of the model; by default the registered one that the settings name.
 
     Raises:

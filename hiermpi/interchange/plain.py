@@ -91,7 +91,7 @@ def assembled(tensors: dict[str, np.ndarray], texts: dict[str, str], path: Path)
         tokenizer = tokenizer_from_json(texts[TOKENIZER])
     except (TypeError, ValueError, DamagedFile) as error:
         raise UserError(f"{path}: its description is not valid: {error}") from None
-    if is_outside(config.family):  # its tensors are compared with its family where the user gives that
+    if is_outside(config.family):  # the tensors are compared with those of the family where the user gives it
         return imported(config, tensors, tokenizer)
     return imported(config, fitted(config, tensors, str(path)), tokenizer)
 
@@ -106,7 +106,17 @@ def load_library() -> Any:
 
 
 def save_tensors(path: Path, tensors: Mapping[str, NDArray], metadata: Mapping[str, str]) -> None:
-    """Write ``tensors`` and ``metadata`` to a safetensors file. Raises UserError, OSError."""
+    """Write a safetensors file.
+
+    Args:
+        path: The file to make.
+        tensors: The tensors by name.
+        metadata: The texts beside them, by key.
+
+    Raises:
+        UserError: The safetensors library is missing.
+        OSError: The file cannot be written.
+    """
     library = load_library()
     path.write_bytes(library.numpy.save({n: np.ascontiguousarray(t) for n, t in tensors.items()}, dict(metadata)))
 

@@ -216,7 +216,7 @@ def leaf_seconds(machine: Machine, config: Config, model: ModelConfig, sequences
 
 
 def token_flops(model: ModelConfig) -> float:
-    """The operations of a token, as the model's family counts them; 0 where it does not."""
+    """Return the operations of a token as the model's family counts them, or 0 where it does not."""
     return figure_of(load_family(model.family), "flops_per_token", model)
 
 
@@ -240,7 +240,14 @@ def _sum_seconds(
 
 
 def _largest_share(topology: Topology, config: Config, model: ModelConfig, layout: ParameterLayout) -> float:
-    """Return the largest part of the vector that one owner has, as a fraction."""
+    """Return the largest part of the vector that one owner has, as a fraction.
+
+    Args:
+        topology: The topology of the ranks.
+        config: The resolved configuration.
+        model: The model's settings with the vocabulary size.
+        layout: The layout of the model's parameters.
+    """
     owned = owned_elements(planned_ownership(topology, config, model))
     return max(owned.values()) / layout.size
 

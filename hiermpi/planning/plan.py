@@ -247,7 +247,7 @@ def memory_of(
 
 
 def activations_of(model: ModelConfig, sequences: int) -> int:
-    """Bytes of a leaf that computes ``sequences`` at once; none where it never computes, or the family does not say."""
+    """Return the bytes of a leaf that computes ``sequences`` at once; 0 where the family does not count them."""
     return int(figure_of(load_family(model.family), "workspace_bytes", model, sequences)) if sequences else 0
 
 

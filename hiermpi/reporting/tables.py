@@ -26,7 +26,7 @@ def work(record: Record, phase: str) -> float:
 
 
 def mean(values: Iterable[float]) -> float:
-    """Return the arithmetic mean, or 0 of no values."""
+    """Return the arithmetic mean, or 0 for no values."""
     listed = list(values)
     return fmean(listed) if listed else 0.0
 

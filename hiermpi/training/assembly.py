@@ -99,7 +99,7 @@ class Rank:
     """The measured seconds of each reduction, where one was chosen by time."""
     model: Model
     outside_model: str
-    """How messages call the model's family, where it comes from outside the package; else empty."""
+    """The text by which messages name a model family from outside the package; it is empty for a registered family."""
     slots: ComputeSlots
     optimizer: Optimizer | None
     """The optimizer on the root and on owners; None elsewhere."""
@@ -111,7 +111,7 @@ class Rank:
     progress: Progress
     training: bool
     seen: set[str]
-    """The settings that a family from outside has read."""
+    """The names of the settings that a family from outside has read."""
 
     def unread(self) -> list[str]:
         """Return the settings that the user changed and that neither hiermpi nor code from outside reads."""
@@ -234,10 +234,14 @@ def assemble(
 
 
 def require_rates(config: Config, schedule: Schedule) -> None:
-    """Ask a schedule for its first, middle and last rate: what is wrong with it is known before any work then.
+    """Compute the first, middle and last rate of a schedule, so that an error in it is raised before any work.
+
+    Args:
+        config: The resolved configuration.
+        schedule: The schedule.
 
     Raises:
-        PluginError: One from outside raised an exception, or gave a rate that cannot be.
+        PluginError: A schedule from outside raised an exception or returned an invalid rate.
     """
     steps = config.train.steps
     settings = OptimizerSettings(config.optimizer, config.train.grad_clip, steps, schedule)

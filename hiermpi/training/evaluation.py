@@ -53,12 +53,12 @@ class Evaluation(NamedTuple):
 
 
 def loss_in_units(model: Model, rows: NDArray[np.int32], outside: str = "") -> tuple[float, int]:
-    """Add up the loss and the targets of some windows unit by unit: the same bits whoever computes which unit.
+    """Add up the loss and the targets of windows unit by unit; the bits do not depend on which rank computes a unit.
 
     Args:
         model: The model.
-        rows: The windows, as records.
-        outside: How messages call the model's family, where it comes from outside the package.
+        rows: The windows, as rows.
+        outside: The text by which messages name a model family from outside the package.
     """
     loss, tokens = 0.0, 0
     for first in range(0, len(rows), EVALUATION_UNIT):
@@ -68,7 +68,13 @@ def loss_in_units(model: Model, rows: NDArray[np.int32], outside: str = "") -> t
 
 
 def evaluate_alone(model: Model, source: EvaluationSource, outside: str = "") -> Evaluation:
-    """Compute the mean loss over ``source`` in this process."""
+    """Compute the mean loss over ``source`` in this process.
+
+    Args:
+        model: The model.
+        source: The windows.
+        outside: The text by which messages name a model family from outside the package.
+    """
     loss, tokens = 0.0, 0
     for first in range(0, len(source), EVALUATION_UNIT):
         part = loss_in_units(model, source.records(first, min(first + EVALUATION_UNIT, len(source))), outside)

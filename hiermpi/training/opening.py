@@ -42,9 +42,9 @@ class OpenedRun:
     checkpoint: Checkpoint | None
     """The checkpoint from which the run goes on; None starts from the beginning."""
     goes_back: bool
-    """Whether the user asked for an earlier state, so that everything later in the run folder is set aside."""
+    """This is true if the user asked for an earlier state; everything later in the run folder is then set aside."""
     finished: bool
-    """Whether the run is already done, so that there is nothing to do."""
+    """This is true if the run is already done, so that there is nothing to do."""
 
 
 def open_run(config: Config, data: Path, run: Path, resume: str, family: Family, n_ranks: int) -> OpenedRun:

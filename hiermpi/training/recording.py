@@ -177,11 +177,11 @@ def make_sinks(config: Config, bar: ProgressBar) -> list[Sink]:
 
 
 class OutsideSink:
-    """A sink from outside; what it raises is told in one sentence that names it, and it cannot alter a row.
+    """A sink from outside, which cannot alter a row. Its exceptions become a PluginError of one sentence.
 
     Args:
-        sink: The sink.
-        what: How messages call it.
+        sink: The user's sink.
+        what: The text by which messages name it.
     """
 
     def __init__(self, sink: Any, what: str) -> None:
@@ -202,7 +202,7 @@ class OutsideSink:
 
 
 class OutsideRanksSink(OutsideSink):
-    """One that wants to know of every rank."""
+    """A sink from outside that also receives the records of every rank."""
 
     def ranks(self, records: Sequence[Mapping[str, Any]]) -> None:
         with plugin_errors(self.what):
@@ -228,7 +228,7 @@ class Recorder:
 
     @property
     def wants_ranks(self) -> bool:
-        """Whether some sink wants the records of every rank at each log interval."""
+        """Return whether some sink wants the records of every rank at each log interval."""
         return any(isinstance(sink, RanksSink) for sink in self.sinks)
 
     def __enter__(self) -> "Recorder":

@@ -50,13 +50,13 @@ class TrainResult:
     bits_per_byte: float | None
     """The same loss in bits per byte of the text."""
     stopped: bool
-    """Whether the run was asked to stop; the same call again continues it."""
+    """This is true if the run was asked to stop; the same call again continues it."""
     reason: str = ""
     """The request that stopped the run; empty where none did."""
     skipped: int = 0
     """The number of steps that were skipped for a non-finite loss or gradient."""
     already_done: bool = False
-    """Whether the run was done before, so that this start did nothing."""
+    """This is true if the run was done before, so that this start did nothing."""
     checkpoint: str = ""
     """The path of the newest checkpoint (root only)."""
     ranks: tuple[dict[str, Any], ...] = ()
@@ -281,7 +281,10 @@ class Session:
     def _save(self, recorder: "Recorder | None", saver: "Saver | None", final: bool = False) -> None:
         """Save the state at the root, unless it is on disk already. Collective over the hierarchy.
 
-        With ``final`` all ranks wait until it is saved, and a failure is raised on every rank.
+        Args:
+            recorder: The recorder, at the root; None elsewhere.
+            saver: The saver, at the root; None elsewhere.
+            final: Whether all ranks wait until the state is saved, and a failure is raised on every rank.
         """
         error = None
         unsaved = self.rank.progress.step != self._saved_step
@@ -303,7 +306,16 @@ class Session:
     def _finish(
         self, recorder: "Recorder | None", saver: "Saver | None", stopped: bool, evaluation: Evaluation | None
     ) -> TrainResult:
-        """Write the ranks' records, mark the run done or stopped, and send the result to every rank."""
+        """Write the ranks' records, mark the run done or stopped, and send the result to every rank.
+
+        The call is collective over the world.
+
+        Args:
+            recorder: The recorder, at the root; None elsewhere.
+            saver: The saver, at the root; None elsewhere.
+            stopped: Whether the run was asked to stop.
+            evaluation: The last evaluation over the validation split, or None where the run was stopped before.
+        """
         records = self._gather_ranks() or []
         result = None
         with agreed(self.comms.world, self.comms.waiter):
@@ -380,7 +392,7 @@ class Session:
 
 
 def warn_of_unread(rank: Rank) -> None:
-    """Name the settings that the user changed and that have no effect on a family or rule from outside, in one line."""
+    """Log in one line the changed settings that have no effect on a family or rule from outside."""
     names = rank.unread()
     if names:
         logger.warning("%s: changed, but nothing reads %s", ", ".join(names), "it" if len(names) == 1 else "them")

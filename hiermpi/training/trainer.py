@@ -93,7 +93,7 @@ class Trainer:
         """The number of target tokens that this rank has computed."""
         self._writing = rank.model if isinstance(rank.model, WritingModel) else None
         self._coordinates_only = rank.reduction.keeps_gradients and not rank.comms.topology.is_leaf(rank.comms.rank)
-        """Whether this rank never computes, so that the sum skips its gradients."""
+        """This is true if this rank never computes, so that the sum skips its gradients."""
         self._complaint = ""
 
     def step(self) -> StepResult:
@@ -181,7 +181,7 @@ class Trainer:
             return self.model.loss_and_gradients(batch, self.sums.room)
 
     def _from_outside(self, batch: Batch) -> tuple[float, int]:
-        """Do the same with a model from outside; what it raises or breaks is told in one sentence that names it."""
+        """Compute the same with a model from outside. Raises PluginError where it raises or breaks its contract."""
         with plugin_errors(self.rank.outside_model):
             result = self._from_model(batch)
         return check_result(self.rank.outside_model, result, batch)
