@@ -1,8 +1,8 @@
 """This module finds the documents of a corpus, reads them in blocks, and splits them into training and validation.
 
 A document is a named stream of text, whatever kind of file it comes from. Readers turn files into documents; users
-give a reader of their own with ``prepare --reader my_module:READER``. Everything else here, such as the split into training
-and validation, does not depend on the kind.
+give a reader of their own with ``prepare --reader my_module:READER``. Everything else here, such as the split into
+training and validation, does not depend on the kind of file.
 
 Where the corpus has fewer than :data:`WHOLE_DOCUMENTS_FROM` documents, the tail of each one goes to validation (for a
 single file, nanoGPT does the same). Otherwise whole documents go there, evenly spaced over the sorted corpus by bytes:

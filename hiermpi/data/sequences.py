@@ -21,7 +21,7 @@ class Draw(NamedTuple):
     """The sequences of one batch."""
 
     sequence_ids: NDArray[np.int64]
-    """(B,) The number of each window, before the permutation of its epoch."""
+    """(B,) The number of each window within its epoch, in the order of the text."""
     starts: NDArray[np.int64]
     """(B,) The position in the split of each window's first token."""
 
@@ -153,7 +153,10 @@ class RecordReader:
         return records, read_records(records, self.tokens, drawn.sequence_ids, drawn.starts, *tables)
 
     def _room(self, n: int) -> NDArray[np.int32]:
-        """Return memory for ``n`` records; it is reused, as new pages for each batch would cost more than writing them."""
+        """Return memory for ``n`` records.
+
+        It is reused, as new pages for each batch would cost more than what is written to them.
+        """
         self._made.reverse()
         if len(self._made[0]) < n:
             self._made[0] = np.empty((n, ID_COLUMNS + self.length), np.int32)

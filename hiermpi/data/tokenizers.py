@@ -177,7 +177,8 @@ class BpeTokenizer:
 def train_bpe(texts: Iterable[str], vocab_size: int) -> BpeTokenizer:
     """Learn a vocabulary of ``vocab_size`` tokens, in the order of their merges.
 
-    It is smaller where the texts do not give so many tokens. The library counts words on all cores that this process may use.
+    It is smaller where the texts do not give so many tokens. The library counts words on
+    all cores that this process may use.
     """
     library = load_library()
     learner = library.Tokenizer(library.models.BPE())
