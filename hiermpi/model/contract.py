@@ -90,7 +90,7 @@ class Batch(NamedTuple):
 class Model(Protocol):
     """A model that can be trained on the hierarchy.
 
-    What the model computes may depend on the batch and the parameters alone: not on the rank, the clock or earlier batches.
+    The results may depend on the batch and the parameters alone: not on the rank, the clock or earlier batches.
     """
 
     parameters: ParameterBuffer
