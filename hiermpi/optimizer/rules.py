@@ -169,7 +169,7 @@ def cosine(
 def linear(
     step: int, *, learning_rate: float, min_learning_rate: float, warmup_steps: int, decay_steps: int
 ) -> float:
-    """Return a rate that warms up linearly, then falls linearly to the minimum; the arguments are :class:`Schedule`'s."""
+    """Return a rate that warms up linearly, then falls linearly to the minimum; see :class:`Schedule`."""
     if step < warmup_steps:
         return learning_rate * (step + 1) / (warmup_steps + 1)
     if step >= decay_steps:
@@ -181,7 +181,7 @@ def linear(
 def constant(
     step: int, *, learning_rate: float, min_learning_rate: float, warmup_steps: int, decay_steps: int
 ) -> float:
-    """Return a rate that warms up linearly, then stays at its peak; the arguments are :class:`Schedule`'s."""
+    """Return a rate that warms up linearly, then stays at its peak; see :class:`Schedule`."""
     return learning_rate * (step + 1) / (warmup_steps + 1) if step < warmup_steps else learning_rate
 
 

@@ -36,7 +36,7 @@ work."""
 
 
 def unit_sequences(config: Config) -> int:
-    """Return the sequences of a unit: ``train.micro_batch_size``, or a choice that depends on the configuration alone."""
+    """Return the sequences of a unit: ``train.micro_batch_size``, or a choice by the configuration alone."""
     if config.train.micro_batch_size:
         return config.train.micro_batch_size
     by_tokens = AUTOMATIC_UNIT_TOKENS // config.model.context_length

@@ -1,8 +1,8 @@
 """This module applies one update to an owner's part of the parameters: norm, clipping and rule.
 
 The gradient norm does not depend on which rank holds which part of the vector: it is made of float64 sums of squares
-over fixed blocks of the vector, added in the order of the blocks. Blocks never cross a tensor, nor a symmetry class of a token
-table, so the owner of a class or tensor always holds whole blocks.
+over fixed blocks of the vector, added in the order of the blocks. Blocks never cross a tensor, nor a symmetry class of
+a token table, so the owner of a class or tensor always holds whole blocks.
 
 An update reads one slot of parameters and state and writes another, which :meth:`Optimizer.commit` and
 :meth:`hiermpi.model.parameters.ParameterBuffer.flip` then put into use. Until then it can be repeated or dropped.
