@@ -1,1 +1,1 @@
-"""Text to tokens, tokens to sequences: pure, without files of our own format and without MPI."""
+"""This package turns text into tokens and tokens into sequences; it knows neither hiermpi's file formats nor MPI."""

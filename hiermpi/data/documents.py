@@ -1,13 +1,13 @@
-"""The documents of a corpus: what they are, where they are found, and how they are cut and split.
+"""This module finds the documents of a corpus, reads them in blocks, and splits them into training and validation.
 
-A document is a named stream of text, whatever kind of file it comes from. Readers turn files into documents; a reader
-of one's own is given with ``prepare --reader my_module:READER``. Everything else here, such as the split into training
-and validation, does not depend on the kind.
+A document is a named stream of text, whatever kind of file it comes from. Readers turn files into documents; users
+give a reader of their own with ``prepare --reader my_module:READER``. Everything else here, such as the split into
+training and validation, does not depend on the kind of file.
 
-Fewer than :data:`WHOLE_DOCUMENTS_FROM` documents give the tail of each to validation (the tail of a single file, as
-nanoGPT does). More give whole documents, evenly spaced over the sorted corpus by bytes: a tail of an alphabetically
-sorted tree would not be like the rest. A document is never held as a whole: it is read block by block, in as many
-passes as there are things to find out.
+Where the corpus has fewer than :data:`WHOLE_DOCUMENTS_FROM` documents, the tail of each one goes to validation (for a
+single file, nanoGPT does the same). Otherwise whole documents go there, evenly spaced over the sorted corpus by bytes:
+the tail of an alphabetically sorted tree would not be like the rest. A document is never held in memory as a whole: it
+is read block by block, in as many passes as are needed.
 """
 
 import codecs
@@ -37,39 +37,39 @@ class Document(Protocol):
 
     @property
     def name(self) -> str:
-        """What messages call it, such as its path."""
+        """Return the name that messages use for the document, such as its path."""
 
     @property
     def named(self) -> bool:
-        """Whether the user named this very document: then it may not be passed over."""
+        """Tell whether the user named this very document, so that it may not be skipped."""
 
     def size(self) -> int:
-        """Return the bytes of its text. Raises OSError."""
+        """Return the size of the document's text in bytes. Raises OSError."""
 
     def open(self) -> BinaryIO:
-        """Open its text, UTF-8 (any bytes for the tokenizer ``bytes``), from the start. Raises OSError."""
+        """Open the text at its start: UTF-8, or any bytes for the tokenizer ``bytes``. Raises OSError."""
 
 
 class Reader(Protocol):
-    """Turns files of some kind into documents."""
+    """A reader turns files of one kind into documents."""
 
     def accepts(self, path: Path) -> bool:
-        """Tell whether this file is of the reader's kind."""
+        """Tell whether the file at ``path`` is of the reader's kind."""
 
     def documents(self, path: Path, named: bool) -> Iterable[Document]:
-        """Return the documents in a file, in order; ``named`` says whether the user named the file itself."""
+        """Return the documents in a file, in order; ``named`` tells whether the user named the file itself."""
 
 
 def find_documents(sources: Sequence[str], reader: Any = None) -> list[Document]:
-    """Find the documents behind ``sources``, folders walked recursively, in sorted order.
+    """Find the documents in ``sources``; folders are walked recursively, in sorted order.
 
     Args:
-        sources: Files, folders, or the word ``stdlib``.
+        sources: Files, folders, or the word ``stdlib``, which stands for the modules of Python's standard library.
         reader: A reader that is asked before those of the package: a name, ``package.module:object``, or the object.
 
     Raises:
-        UserError: A source that is not there.
-        PluginError: A reader that does not keep its contract.
+        UserError: A source does not exist.
+        PluginError: A reader breaks its contract.
     """
     readers = load_readers(reader)
     found: list[Document] = []
@@ -93,7 +93,7 @@ def find_documents(sources: Sequence[str], reader: Any = None) -> list[Document]
 
 
 def load_readers(reader: Any = None) -> dict[str, Reader]:
-    """Return the readers in the order in which they are asked, by name. Raises UsageError, PluginError."""
+    """Return the readers by name, in the order in which they are asked. Raises UsageError, PluginError."""
     readers = {name: READERS[name] for name in READERS}
     if reader is not None:
         name = READERS.outside(reader) or str(reader)
@@ -109,7 +109,17 @@ def load_readers(reader: Any = None) -> dict[str, Reader]:
 
 
 def read_documents(path: Path, named: bool, readers: dict[str, Reader]) -> list[Document]:
-    """Return the documents in a file, by the first reader that accepts it. Raises PluginError, UserError."""
+    """Return the documents that the first reader which accepts a file finds in it; none where no reader accepts it.
+
+    Args:
+        path: The file.
+        named: Whether the user named the file itself.
+        readers: The readers by name, in the order in which they are asked.
+
+    Raises:
+        PluginError: A reader breaks its contract.
+        UserError: A reader refuses the file.
+    """
     for name, reader in readers.items():
         outside = f"--reader {name}: {path}" if READERS.outside(name) else ""
         with plugin_errors(outside):
@@ -154,7 +164,7 @@ class OutsideDocument:
 
 
 def walk(root: Path, excluded: frozenset[str] = frozenset()) -> Iterator[Path]:
-    """Yield the files below ``root`` in sorted order, but none in hidden, excluded or linked folders."""
+    """Yield the files below ``root`` in sorted order; hidden, excluded and linked folders are skipped."""
     for folder, folders, files in os.walk(root):
         folders[:] = sorted(name for name in folders if name not in excluded and not name.startswith("."))
         for name in sorted(files):
@@ -165,7 +175,7 @@ def walk(root: Path, excluded: frozenset[str] = frozenset()) -> Iterator[Path]:
 
 @contextmanager
 def reading(document: Document) -> Iterator[None]:
-    """Turn an OSError of the body into a UserError that names the document."""
+    """Turn an OSError that the body raises into a UserError that names the document."""
     try:
         yield
     except OSError as error:
@@ -173,18 +183,23 @@ def reading(document: Document) -> Iterator[None]:
 
 
 def size_of(document: Document) -> int:
-    """Return the bytes of a document's text. Raises UserError."""
+    """Return the size of a document's text in bytes. Raises UserError."""
     with reading(document):
         return document.size()
 
 
 def blocks(document: Document, start: int = 0, stop: int | None = None) -> Iterator[bytes]:
-    """Yield a document's text from byte ``start`` to ``stop`` (default: the end) in pieces of at most :data:`BLOCK`.
+    """Yield a part of a document's text in blocks of at most :data:`BLOCK` bytes.
 
-    Pieces are cut where a line starts, else between UTF-8 characters.
+    Blocks are cut where a line starts, else between UTF-8 characters.
+
+    Args:
+        document: The document.
+        start: The first byte of the part.
+        stop: The byte at which the part ends; by default the end of the text.
 
     Raises:
-        UserError: The document cannot be read, or has become shorter.
+        UserError: The document cannot be read, or it has become shorter.
     """
     stop = size_of(document) if stop is None else stop
     with reading(document), document.open() as stream:
@@ -203,7 +218,7 @@ def blocks(document: Document, start: int = 0, stop: int | None = None) -> Itera
 
 
 def skip(stream: BinaryIO, count: int) -> None:
-    """Pass over the first bytes of a stream, which may not be able to seek."""
+    """Skip the first ``count`` bytes of a stream, which may not be able to seek."""
     if stream.seekable():
         stream.seek(count)
         return
@@ -212,7 +227,7 @@ def skip(stream: BinaryIO, count: int) -> None:
 
 
 def character_start(document: Document, position: int) -> int:
-    """Return the start of the UTF-8 character at byte ``position``. Raises UserError."""
+    """Return the byte at which the UTF-8 character at byte ``position`` starts. Raises UserError."""
     first = max(0, position - 3)
     near = b"".join(blocks(document, first, min(position + 1, size_of(document))))
     while position > first and near[position - first : position - first + 1] and near[position - first] & 0xC0 == 0x80:
@@ -221,11 +236,11 @@ def character_start(document: Document, position: int) -> int:
 
 
 def fault(document: Document, decodable: bool) -> str:
-    """Say why a document is not text; nothing where it is. Raises UserError.
+    """Return why a document is not text, as the end of a sentence; return "" where it is text. Raises UserError.
 
     Args:
         document: The document.
-        decodable: Whether it must be UTF-8.
+        decodable: Whether the document must be UTF-8.
     """
     decoder = codecs.getincrementaldecoder("utf-8")()
     seen = 0
@@ -245,7 +260,11 @@ def fault(document: Document, decodable: bool) -> str:
 
 
 def cut_place(text: bytes) -> int:
-    """Return where to cut ``text`` that goes on: at its last line that starts with a word, else between characters."""
+    """Return the offset at which to cut a text that continues after these bytes.
+
+    It is the start of the last line that begins with a word, where one begins in the last eighth of ``text``; else it
+    is a place between two UTF-8 characters.
+    """
     starts = [match.end() for match in _LINE_START.finditer(text, len(text) - len(text) // 8)]
     if starts:
         return starts[-1]
@@ -258,10 +277,10 @@ def cut_place(text: bytes) -> int:
 
 
 class Split:
-    """Decides what of each document is for validation.
+    """A split decides which part of each document is for validation.
 
     Args:
-        n_documents: The documents of the corpus.
+        n_documents: The number of documents of the corpus.
         fraction: The share of the text that goes to validation.
     """
 
@@ -272,7 +291,10 @@ class Split:
         self._given = 0
 
     def cut(self, size: int) -> int:
-        """Return where to cut a document of ``size`` bytes: what comes before is for training. Ask in order."""
+        """Return the byte at which a document of ``size`` bytes is cut; the text before it is for training.
+
+        It must be called once for each document, in the order of the corpus.
+        """
         if not self.by_document:
             return int(size * (1.0 - self.fraction))
         self._seen += size

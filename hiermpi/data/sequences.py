@@ -1,4 +1,4 @@
-"""Sequences of a corpus: which of them a step sees, and the records in which they travel.
+"""This module draws the sequences that a step sees, and packs them into the records that are sent between ranks.
 
 Which sequences a step sees is a pure function of (seed, cursor), so that any rank count and any resume agree. The
 cursor counts the sequences drawn since the first step. Each epoch is one permutation of the split's windows, a
@@ -21,21 +21,21 @@ class Draw(NamedTuple):
     """The sequences of one batch."""
 
     sequence_ids: NDArray[np.int64]
-    """(B,) window number within its epoch's permutation."""
+    """(B,) The number of each window within its epoch, in the order of the text."""
     starts: NDArray[np.int64]
-    """(B,) position in the split of each window's first token."""
+    """(B,) The position in the split of each window's first token."""
 
 
 class Sampler:
-    """Draws batches from a split of ``n_tokens`` tokens.
+    """A sampler draws batches from a split of ``n_tokens`` tokens.
 
     Args:
-        n_tokens: length of the split.
-        context_length: tokens per sequence, T; a window has T + 1 tokens, the last being only a target.
-        seed: seed of the permutations.
+        n_tokens: The length of the split.
+        context_length: The tokens per sequence, T; a window has T + 1 tokens, of which the last is only a target.
+        seed: The seed of the permutations.
 
     Raises:
-        ValueError: the split is shorter than one window.
+        ValueError: The split is shorter than one window.
     """
 
     def __init__(self, n_tokens: int, context_length: int, seed: int) -> None:
@@ -53,7 +53,7 @@ class Sampler:
         self._offset = 0
 
     def draw(self, cursor: int, batch_size: int) -> Draw:
-        """The ``batch_size`` sequences from ``cursor`` on."""
+        """Return the ``batch_size`` sequences from ``cursor`` on."""
         ids, starts = [], []
         while batch_size:
             epoch, position = divmod(cursor, self.n_sequences)
@@ -77,21 +77,22 @@ class Sampler:
 
 
 class Windows(NamedTuple):
-    """Consecutive windows that cover a split, the last one possibly shorter."""
+    """The windows over which a split is evaluated, of which the last one may be shorter."""
 
     starts: NDArray[np.int64]
+    """(n,) The position in the split of each window's first token."""
     lengths: NDArray[np.int64]
-    """Targets in each window."""
+    """(n,) The number of targets in each window."""
 
 
 def evaluation_windows(n_tokens: int, context_length: int, limit: int = 0) -> Windows:
-    """Windows over which a split is evaluated.
+    """Return the windows over which a split is evaluated.
 
     Args:
-        n_tokens: length of the split, at least 2.
-        context_length: targets per window, T.
-        limit: 0 covers every target of the split exactly once; otherwise at most this many full windows, evenly
-            spaced over the split.
+        n_tokens: The length of the split, at least 2.
+        context_length: The targets per window, T.
+        limit: The most windows that are returned; beyond it, full windows evenly spaced over the split are kept. With 0
+            the windows cover every target of the split exactly once.
     """
     starts = np.arange(0, n_tokens - 1, context_length)
     lengths = np.minimum(context_length, n_tokens - 1 - starts)
@@ -117,14 +118,14 @@ def unpack_records(records: NDArray[np.int32]) -> tuple[NDArray[np.int64], NDArr
 
 
 class RecordReader:
-    """Reads batches of a split that lies in memory: tokens to records and counts in one pass.
+    """A record reader makes records and counts of a split that lies in memory, in one pass over the tokens.
 
     Args:
-        tokens: (n,) token ids of the split, uint16 or uint32.
-        length: Tokens of a sequence, T + 1.
-        row_of_token: (V,) row of the model's table for each token id.
-        group_of_token: (V,) group of each token id.
-        n_bins: Bins of the counts, more than any group.
+        tokens: (n,) The token ids of the split, uint16 or uint32.
+        length: The tokens of a sequence, T + 1.
+        row_of_token: (V,) The row of the model's table for each token id.
+        group_of_token: (V,) The group of ranks of each token id.
+        n_bins: The number of bins of the counts, larger than any group.
     """
 
     def __init__(
@@ -143,16 +144,19 @@ class RecordReader:
         self._made = [np.empty((0, 0), np.int32)] * 2
 
     def read(self, drawn: Draw) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-        """Return the (B, 2 + T + 1) records of a batch, and the (B, bins) counts of all tokens but the last of each.
+        """Return the (B, 2 + T + 1) records of a batch, and the (B, bins) counts of its input tokens.
 
-        The records are written again by the call after the next.
+        The last token of a sequence is not counted. The call after the next one overwrites the records.
         """
         records = self._room(len(drawn.starts))
         tables = (self.row_of_token, self.group_of_token, self.n_bins)
         return records, read_records(records, self.tokens, drawn.sequence_ids, drawn.starts, *tables)
 
     def _room(self, n: int) -> NDArray[np.int32]:
-        """Return memory for records: new pages for each batch would cost more than what is written to them."""
+        """Return memory for ``n`` records.
+
+        It is reused, as new pages for each batch would cost more than what is written to them.
+        """
         self._made.reverse()
         if len(self._made[0]) < n:
             self._made[0] = np.empty((n, ID_COLUMNS + self.length), np.int32)

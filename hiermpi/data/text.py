@@ -1,4 +1,4 @@
-"""Plain text files: a file is one document. The reader of last resort, which takes whatever no other takes."""
+"""This module reads plain text files, one document each; its reader takes every file that no other reader takes."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ class TextFile:
 
 
 class TextReader:
-    """Reads text files."""
+    """The reader of text files accepts every file."""
 
     def accepts(self, path: Path) -> bool:
         return True

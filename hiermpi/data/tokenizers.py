@@ -1,8 +1,8 @@
-"""Tokenizers: bytes to token ids and back.
+"""Tokenizers turn bytes into token ids and back.
 
-Byte-level byte pair encoding is GPT-2's (Sennrich, Haddow and Birch, arXiv 1508.07909; Radford et al. 2019). The
-merging itself is the ``tokenizers`` library's (extra ``bpe``), which is imported only where text is encoded; decoding
-needs no library.
+Byte-level byte pair encoding is that of GPT-2 (Sennrich, Haddow and Birch, arXiv 1508.07909; Radford et al. 2019). The
+``tokenizers`` library (extra ``bpe``) does the merging. It is imported only where text is encoded; decoding needs no
+library.
 """
 
 import json
@@ -22,29 +22,29 @@ if TYPE_CHECKING:
 MOST_CHARACTERS = 0x110000
 FEWEST_BPE_TOKENS = 257
 LONGEST_TOKEN = 64
-"""Bytes: a token is a word, not a line of dashes."""
+"""The most bytes of a learned token: a token is a word, not a line of dashes."""
 PIECE_BYTES = 1 << 14
-"""Bytes encoded at once."""
+"""The most bytes that are encoded at once."""
 
 
 class Tokenizer(Protocol):
-    """A map between text and token ids."""
+    """A tokenizer maps text to token ids and back."""
 
     kind: str
     vocab_size: int
 
     def encode(self, text: bytes) -> NDArray[np.uint32]:
-        """Token ids of a UTF-8 text (of any bytes, for ``bytes``). Raises UserError."""
+        """Return the (n,) token ids of a UTF-8 text (for ``bytes``, of any bytes). Raises UserError."""
 
     def decode(self, ids: NDArray[np.integer] | Sequence[int]) -> bytes:
-        """The text of token ids."""
+        """Return the text of token ids."""
 
     def to_json(self) -> str:
-        """What :func:`tokenizer_from_json` reads."""
+        """Return the description that :func:`tokenizer_from_json` reads."""
 
 
 class BytesTokenizer:
-    """Every byte is a token."""
+    """A tokenizer for which every byte is a token."""
 
     kind = "bytes"
     vocab_size = 256
@@ -60,10 +60,10 @@ class BytesTokenizer:
 
 
 class CharsTokenizer:
-    """Every character of the corpus is a token, in the order of code points.
+    """A tokenizer for which every character of the corpus is a token, in the order of code points.
 
     Args:
-        characters: sorted and distinct.
+        characters: The characters, sorted and distinct.
     """
 
     kind = "chars"
@@ -90,10 +90,10 @@ class CharsTokenizer:
 
 
 class NoTokenizer:
-    """Stands where a model came without one: its token ids mean what the data says.
+    """A placeholder for a model that was imported without a tokenizer: it decodes ids as numbers and encodes nothing.
 
     Args:
-        vocab_size: of the model.
+        vocab_size: The vocabulary size of the model.
     """
 
     kind = "none"
@@ -112,7 +112,7 @@ class NoTokenizer:
 
 
 def byte_alphabet() -> str:
-    """The printable character that stands for each of the 256 bytes in GPT-2's vocabularies."""
+    """Return the 256 printable characters that stand for the bytes in GPT-2's vocabularies."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = iter(range(0x100, 0x200))
     return "".join(chr(byte if byte in printable else next(others)) for byte in range(256))
@@ -122,14 +122,14 @@ BYTE_OF = {character: byte for byte, character in enumerate(byte_alphabet())}
 
 
 class BpeTokenizer:
-    """Byte-level byte pair encoding.
+    """A tokenizer with byte-level byte pair encoding.
 
     Args:
-        vocabulary: the token of each id, every byte as its character of :func:`byte_alphabet`.
-        merges: pairs of tokens, in the order in which they are merged.
+        vocabulary: The token of each id; each byte is written as its character of :func:`byte_alphabet`.
+        merges: Pairs of tokens, in the order in which they are merged.
 
     Raises:
-        ValueError: a token or merge that cannot be.
+        ValueError: The vocabulary or a merge is not valid.
     """
 
     kind = "bpe"
@@ -158,7 +158,7 @@ class BpeTokenizer:
         return json.dumps({"kind": self.kind, "vocabulary": self.vocabulary, "merges": self.merges})
 
     def renumbered(self, order: Sequence[int]) -> "BpeTokenizer":
-        """The same tokenizer, in which the token with the id ``order[i]`` has the id ``i``."""
+        """Return the same tokenizer with other ids: the token with the id ``order[i]`` gets the id ``i``."""
         return BpeTokenizer([self.vocabulary[i] for i in order], self.merges)
 
     @cached_property
@@ -175,9 +175,10 @@ class BpeTokenizer:
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> BpeTokenizer:
-    """Learn ``vocab_size`` tokens (fewer where the texts do not give so many), in the order of their merges.
+    """Learn a vocabulary of ``vocab_size`` tokens, in the order of their merges.
 
-    The library counts words on all cores that this process may use.
+    It is smaller where the texts do not give so many tokens. The library counts words on
+    all cores that this process may use.
     """
     library = load_library()
     learner = library.Tokenizer(library.models.BPE())
@@ -195,7 +196,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> BpeTokenizer:
 
 
 def load_library() -> Any:
-    """The ``tokenizers`` library. Raises UserError where it is missing."""
+    """Return the ``tokenizers`` library. Raises UserError where it is missing."""
     try:
         import tokenizers
     except ImportError:
@@ -204,7 +205,7 @@ def load_library() -> Any:
 
 
 def pieces_of(text: bytes) -> Iterator[bytes]:
-    """``text`` in pieces of at most :data:`PIECE_BYTES`, cut where a line starts."""
+    """Yield ``text`` in pieces of at most :data:`PIECE_BYTES` bytes, cut where :func:`cut_place` says."""
     start = 0
     while start < len(text):
         piece = text[start : start + PIECE_BYTES]
@@ -215,12 +216,12 @@ def pieces_of(text: bytes) -> Iterator[bytes]:
 
 
 def code_points(text: str) -> NDArray[np.uint32]:
-    """The code points of ``text``."""
+    """Return the (n,) code points of ``text``."""
     return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
 
 
 def tokenizer_from_json(text: str) -> Tokenizer:
-    """The tokenizer that :meth:`Tokenizer.to_json` described. Raises DamagedFile."""
+    """Return the tokenizer that :meth:`Tokenizer.to_json` described. Raises DamagedFile."""
     try:
         described = json.loads(text)
         kind = described["kind"]

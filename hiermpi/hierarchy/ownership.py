@@ -1,12 +1,12 @@
-"""Who holds the optimizer's state of which part of the vector.
+"""This module decides which rank owns which part of the vector and holds the optimizer's state of it.
 
 The vector is cut into blocks that cross neither a tensor nor a symmetry class of the token table
-(:mod:`hiermpi.optimizer.norm`). With placement ``root`` the root owns them all. With ``sharded`` the control rank of a
-class owns that class's rows of the table, and everything else is dealt out among the control ranks, and the root where
-it computes, so that all own about as much. This is what "12x locality" means here: rows of a class are written by
-one rank, a twelfth of the table each.
+(:func:`hiermpi.optimizer.update.norm_blocks`). With placement ``root`` the root owns them all. With ``sharded`` the
+control rank of a class owns that class's rows of the table, and everything else is divided among the control ranks, and
+the root where it computes, so that all own about as much. This is what "12x locality" means here: the rows of a class
+are written by one rank, a twelfth of the table each.
 
-Owners are numbered as on the control communicator: 0 is the root, g + 1 the control rank of group g.
+Owners are numbered as on the control communicator: 0 is the root, g + 1 is the control rank of group g.
 """
 
 from collections.abc import Sequence
@@ -20,13 +20,13 @@ from numpy.typing import NDArray
 from hiermpi.hierarchy.topology import Topology
 
 FREE = -1
-"""Of a block that belongs to no class, or to nobody here."""
+"""The mark of a block that belongs to no class, or to no rank of this node."""
 SUMMED_ALONE = 1 << 20
-"""Bytes of a node's gradients up to which spreading their sum costs more than it saves."""
+"""The bytes of a node's gradients up to which spreading their sum over its ranks costs more than it saves."""
 
 
 class Span(NamedTuple):
-    """Elements ``start`` to ``stop`` of the vector, and whose they are."""
+    """A span of the elements from ``start`` to ``stop`` of the vector, with their owner."""
 
     start: int
     stop: int
@@ -34,13 +34,13 @@ class Span(NamedTuple):
 
 
 class Ownership:
-    """The owner of every block.
+    """The ownership has the owner of every block of the vector.
 
     Args:
-        bounds: (n + 1,) at which the blocks begin, and the size of the vector.
-        owners: (n,) number of each block's owner.
-        classes: (n,) symmetry class of each block, or :data:`FREE`.
-        ranks: world rank of every possible owner, by number.
+        bounds: (n + 1,) The elements at which the blocks begin, and the size of the vector.
+        owners: (n,) The number of each block's owner.
+        classes: (n,) The symmetry class of each block, or :data:`FREE`.
+        ranks: The world rank of every possible owner, by number.
     """
 
     def __init__(
@@ -50,42 +50,45 @@ class Ownership:
 
     @property
     def size(self) -> int:
-        """Elements of the vector."""
+        """Return the number of elements of the vector."""
         return int(self.bounds[-1])
 
     @cached_property
     def shared_out(self) -> bool:
-        """Whether anybody but the root owns something."""
+        """Tell whether any rank but the root owns something."""
         return bool(self.owners.any())
 
     def number(self, rank: int) -> int | None:
-        """The number of the root and, where parts are shared out, of any control rank; None of all others."""
+        """Return the owner number of a rank that may own something, else None.
+
+        The root has a number always, control ranks have one where parts are shared out.
+        """
         owners = self.ranks if self.shared_out else self.ranks[:1]
         return owners.index(rank) if rank in owners else None
 
     @cached_property
     def spans(self) -> list[Span]:
-        """The vector in runs of blocks of one owner, in order."""
+        """Return the spans of the vector in order; a span is a run of blocks of one owner."""
         return spans_of(self.bounds, self.owners)
 
     def spans_of(self, owner: int) -> list[Span]:
-        """What an owner has, in runs of blocks."""
+        """Return the spans of one owner, in order."""
         return [span for span in self.spans if span.owner == owner]
 
     def blocks_of(self, owner: int) -> NDArray[np.int64]:
-        """Indices of an owner's blocks."""
+        """Return the indices of an owner's blocks."""
         return np.flatnonzero(self.owners == owner)
 
 
 def spans_of(bounds: NDArray[np.int64], owners: NDArray[np.int64]) -> list[Span]:
-    """Runs of blocks of one owner, in order; blocks of nobody (below 0) are left out."""
+    """Return the runs of blocks of one owner as spans, in order; blocks without an owner (below 0) are left out."""
     edges = [0, *(np.flatnonzero(np.diff(owners)) + 1).tolist(), len(owners)] if len(owners) else [0]
     spans = [Span(int(bounds[first]), int(bounds[last]), int(owners[first])) for first, last in pairwise(edges)]
     return [span for span in spans if span.owner >= 0]
 
 
 def owned_by_root(size: int) -> Ownership:
-    """All of a vector of ``size`` elements (at least 1) at the root, in blocks of whole cache lines."""
+    """Make the ownership of a vector of ``size`` elements (at least 1) that the root owns, in blocks of cache lines."""
     unit = min(max(size // 1024 // 16 * 16, 16), 4096)
     bounds = np.append(np.arange(0, size, unit), size)
     n = len(bounds) - 1
@@ -99,16 +102,15 @@ def assign(
     placement: str,
     together: NDArray[np.int64] | None = None,
 ) -> Ownership:
-    """Give each block its owner under ``placement``.
+    """Return the owner of each block under ``placement``.
 
     Args:
-        bounds: See :class:`Ownership`.
-        classes: See :class:`Ownership`.
-        topology: The ranks.
-        placement: ``root`` or ``sharded``.
-        together: (n,) a number for each block of a tensor that one owner must hold whole, the same for all of its
-            blocks;
-            :data:`FREE` for other blocks. By default there is no such tensor.
+        bounds: (n + 1,) The elements at which the blocks begin, and the size of the vector.
+        classes: (n,) The symmetry class of each block, or :data:`FREE`.
+        topology: The topology of the ranks.
+        placement: The value of ``optimizer.placement``, ``root`` or ``sharded``.
+        together: (n,) A number for each block of a tensor that one owner must hold whole, the same for all of its
+            blocks, and :data:`FREE` for other blocks. By default there is no such tensor.
     """
     ranks = [0, *topology.control_ranks]
     if placement == "root" or len(ranks) == 1:
@@ -121,12 +123,15 @@ def assign(
 
 
 def dealt_out(sizes: NDArray[np.int64], fixed: NDArray[np.int64], members: Sequence[int]) -> NDArray[np.int64]:
-    """(n,) a member for each block: the fixed one, or such that all have about as much, in contiguous runs.
+    """Return the (n,) member that gets each block.
+
+    Free blocks are divided in contiguous runs so that all members have about as many elements.
 
     Args:
-        sizes: (n,) elements of each block.
-        fixed: (n,) a member, or :data:`FREE`.
-        members: who takes part in the dealing, in the order of their runs; fixed ones need not be among them.
+        sizes: (n,) The elements of each block.
+        fixed: (n,) The member that must get the block, or :data:`FREE`.
+        members: The members among which free blocks are divided, in the order of their runs; fixed members need not be
+            among them.
     """
     owners, free = fixed.copy(), np.flatnonzero(fixed == FREE)
     loads = np.array([sizes[fixed == member].sum() for member in members], np.float64)
@@ -139,13 +144,15 @@ def dealt_out(sizes: NDArray[np.int64], fixed: NDArray[np.int64], members: Seque
 def keep_together(
     sizes: NDArray[np.int64], together: NDArray[np.int64], fixed: NDArray[np.int64], members: Sequence[int]
 ) -> None:
-    """Fix an owner for all blocks of each whole tensor: the largest first, each to the member with the least so far.
+    """Fix one owner for all blocks of each tensor that must be whole.
+
+    The largest tensors come first, and each goes to the member with the fewest elements so far.
 
     Args:
-        sizes: (n,) elements of each block.
-        together: (n,) see :func:`assign`.
-        fixed: (n,) a member or :data:`FREE`, written where a block is of a whole tensor.
-        members: Who takes part in the dealing.
+        sizes: (n,) The elements of each block.
+        together: (n,) The number of the block's whole tensor or :data:`FREE`, see :func:`assign`.
+        fixed: (n,) The member that must get the block or :data:`FREE`, written for the blocks of whole tensors.
+        members: The members among which the tensors are divided.
     """
     fixed[together >= 0] = FREE
     loads = {member: int(sizes[fixed == member].sum()) for member in members}
@@ -157,32 +164,32 @@ def keep_together(
 
 
 def water_filled(loads: NDArray[np.float64], more: float) -> NDArray[np.float64]:
-    """What each gets of ``more`` so that the smallest loads rise to one level."""
+    """Return the (n,) shares of ``more`` that raise the smallest of the (n,) ``loads`` to one level."""
     ordered = np.sort(loads)
-    # With the k smallest under water the level is their mean load plus what each gets of the rest.
+    # Where the k smallest loads rise, the level is the mean of their loads and of ``more`` spread over them.
     levels = (np.cumsum(ordered) + more) / np.arange(1, len(loads) + 1)
     level = levels[np.flatnonzero(levels >= ordered)[-1]]
     return np.maximum(level - loads, 0.0)
 
 
 def owners_here(ownership: Ownership, topology: Topology, node: int) -> NDArray[np.int64]:
-    """(n,) the owner of each block, by its place on ``node``; :data:`FREE` where it is elsewhere."""
+    """Return the (n,) owner of each block by its rank within ``node``; it is :data:`FREE` on other nodes."""
     place = {rank: index for index, rank in enumerate(topology.ranks_of_node[node])}
     return np.array([place.get(rank, FREE) for rank in ownership.ranks])[ownership.owners]
 
 
 def summing(ownership: Ownership, topology: Topology, node: int, width: int, cores: int) -> NDArray[np.int64]:
-    """(n,) the rank on ``node``, by its place there, that sums each block over the gradients of the node.
+    """Return the (n,) rank within ``node`` that sums each block over the gradients of the node.
 
     On one node the owners sum what they own, where they are as many as the cores, or where there is so little that
-    spreading the sum costs more than it saves. Elsewhere all take part: :func:`node_sums`.
+    spreading the sum costs more than it saves. Otherwise all ranks take part, see :func:`node_sums`.
 
     Args:
-        ownership: of the vector.
-        topology: the ranks.
-        node: by number.
-        width: bytes of an element of the gradients.
-        cores: of a node.
+        ownership: The owners of the vector.
+        topology: The topology of the ranks.
+        node: The number of the node.
+        width: The bytes of an element of the gradients.
+        cores: The number of cores of a node.
     """
     if topology.n_nodes == 1:
         owners = owners_here(ownership, topology, node)
@@ -192,10 +199,15 @@ def summing(ownership: Ownership, topology: Topology, node: int, width: int, cor
 
 
 def node_sums(ownership: Ownership, topology: Topology, node: int) -> NDArray[np.int64]:
-    """(n,) as :func:`summing`, by all ranks of the node.
+    """Return the (n,) rank within ``node`` that sums each block, where all ranks of the node take part.
 
-    Owners of table rows sum those themselves; everything else is dealt out among all ranks there but a root that
-    only coordinates.
+    Owners of table rows sum those rows themselves; everything else is divided among all ranks of the node but a root
+    that only coordinates.
+
+    Args:
+        ownership: The owners of the vector.
+        topology: The topology of the ranks.
+        node: The number of the node.
     """
     here = topology.ranks_of_node[node]
     owner_here = owners_here(ownership, topology, node)
@@ -205,10 +217,10 @@ def node_sums(ownership: Ownership, topology: Topology, node: int) -> NDArray[np
 
 
 def lanes(ownership: Ownership, topology: Topology) -> list[list[Span]]:
-    """The vector cut into as many equal parts as the smallest node has ranks; here a span's ``owner`` is a node.
+    """Return the spans of the vector's parts (lanes), one part for each rank of the smallest node.
 
-    The ranks at place k of every node carry part k between the nodes: gradient sums to the node of their owner,
-    parameters from there.
+    The parts are about equal, and a span's ``owner`` is a node here. The k-th ranks of all nodes carry part k between
+    the nodes: gradient sums to the node of their owner, parameters from there.
     """
     node_of = np.array([topology.nodes[rank] for rank in ownership.ranks])[ownership.owners]
     sizes = np.diff(ownership.bounds)

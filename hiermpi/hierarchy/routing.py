@@ -1,15 +1,15 @@
-"""Routing: which leaf computes which sequence of a batch.
+"""This module routes sequences: it decides which leaf computes which sequence of a batch.
 
-It decides *who computes*, never *what is computed*. The affinity of a sequence to a group is the number of its tokens
-in the group's symmetry classes. Groups of ranks are bins here, and the root, which is in no group, is one more.
+Routing decides which rank computes a result, never what the result is. The affinity of a sequence to a group is the number of its tokens
+in the group's symmetry classes. Each group of ranks is a bin, and the root, which is in no group, is one more.
 
-- :func:`dominant`: the group with the most tokens in the sequence (the original's rule). Real text collapses under it.
-- :func:`lift`: the group most over-represented against the corpus' own frequencies.
-- :class:`Balanced`: the assignment of greatest total affinity with every bin within its capacity, found exactly.
+- :func:`dominant` chooses the group with the most tokens in the sequence. With real text nearly all sequences then go
+  to few groups.
+- :func:`lift` chooses the group that is most over-represented against the frequencies of the corpus.
+- :class:`Balanced` finds, exactly, the assignment of greatest total affinity with every bin within its capacity.
 
-A rule of one's own is a function like these two (see :class:`RoutingRule`), chosen with
-``--hierarchy.routing my_module:ROUTING``. Within a bin, units go to the leaves in turn, so that leaves of a bin differ
-by at most one unit.
+The option ``--hierarchy.routing my_module:ROUTING`` chooses a rule from outside, see :class:`RoutingRule`. Within a
+bin, units go to the leaves in turn, so that the leaves of a bin differ by at most one unit.
 """
 
 from typing import Any, Protocol
@@ -26,7 +26,7 @@ from hiermpi.kernels.memory import read_only
 
 
 class RoutingRule(Protocol):
-    """A way to choose bins: a function, or a class whose instances are such functions, one for each run.
+    """A routing rule chooses bins: it is a function, or a class with callable instances, one for each run.
 
     An instance may also have ``learn(counts, capacity)``, which is called once before the first batch with some
     sequences of the corpus.
@@ -35,40 +35,40 @@ class RoutingRule(Protocol):
     def __call__(
         self, counts: NDArray[np.int32], capacity: NDArray[np.int64], frequency: NDArray[np.float64]
     ) -> NDArray[np.integer]:
-        """Return the (n,) bin of each unit, a pure function of the arguments.
+        """Return the (n,) bin of each unit, which must depend on the arguments alone.
 
         Args:
-            counts: (n, G + 1) tokens of each group in each unit; the last column is the root's own bin, all zeros.
-            capacity: (G + 1,) units that an even share gives each bin, rounded up; 0 where nobody computes, and such a
-                bin may not be chosen.
-            frequency: (G,) share of each group's tokens in the corpus.
+            counts: (n, G + 1) The tokens of each group in each unit; the last column, the root's bin, is all zeros.
+            capacity: (G + 1,) The units that an even share gives each bin, rounded up; it is 0 where no rank computes,
+                and such a bin may not be chosen.
+            frequency: (G,) The share of each group's tokens in the corpus.
         """
 
 
 def dominant(
     counts: NDArray[np.int32], capacity: NDArray[np.int64], frequency: NDArray[np.float64]
 ) -> NDArray[np.integer]:
-    """Choose the group with the most tokens in the unit."""
+    """Choose the group with the most tokens in each unit; :class:`RoutingRule` describes the arguments."""
     return counts[:, :-1].argmax(axis=1)
 
 
 def lift(
     counts: NDArray[np.int32], capacity: NDArray[np.int64], frequency: NDArray[np.float64]
 ) -> NDArray[np.integer]:
-    """Choose the group that is most over-represented in the unit against the corpus."""
+    """Choose the group that is most over-represented in each unit; :class:`RoutingRule` describes the arguments."""
     return (counts[:, :-1] / np.where(frequency > 0, frequency, 1.0)).argmax(axis=1)
 
 
 class Balanced:
-    """Chooses the assignment of greatest total affinity with no bin above its capacity."""
+    """The rule that chooses the assignment of greatest total affinity with no bin above its capacity."""
 
     def __init__(self) -> None:
         self._prices: Integers | None = None
 
     def learn(self, counts: NDArray[np.int32], capacity: NDArray[np.int64]) -> None:
-        """Find prices at which sequences like these choose their bins: the solver then begins there.
+        """Find prices at which units like these choose their bins; the solver begins with them from now on.
 
-        Of assignments that are equally good, it may choose another one from then on.
+        Where several assignments are equally good, the solver may then choose another one than before.
         """
         self._prices = clearing_prices(counts, capacity)
 
@@ -79,14 +79,17 @@ class Balanced:
 
 
 class Router:
-    """Routes batches for one topology.
+    """A router routes the batches of a run.
 
     Args:
-        topology: The ranks.
+        topology: The topology of the ranks.
         rule: The name of a rule, ``package.module:object``, or the rule itself.
-        class_of_token: (V,) symmetry class of each token id.
-        frequencies: (V,) corpus frequency of each token id.
-        unit_size: Sequences, by position in the batch, that are routed as one.
+        class_of_token: (V,) The symmetry class of each token id.
+        frequencies: (V,) The number of times that each token id occurs in the corpus.
+        unit_size: The number of consecutive sequences of a batch that are routed as one.
+
+    Raises:
+        PluginError: The rule is not callable.
     """
 
     def __init__(
@@ -108,35 +111,36 @@ class Router:
             raise PluginError(f"{self.outside}: it is not a function of (counts, capacity, frequency)")
         self.unit_size = unit_size
         self.group_of_token = topology.group_of_class[class_of_token].astype(np.uint8)
-        """(V,) group of ranks of each token id."""
+        """(V,) The group of ranks of each token id."""
         self.n_bins = topology.n_groups + 1
-        """Bins: the groups, and the root's own, which no token belongs to."""
+        """The number of bins: the groups, and the root's own bin, to which no token belongs."""
         self._leaves = np.array([len(members) for members in topology.bins])
         self._ranks = np.array([rank for members in topology.bins for rank in members], np.int64)
         self._bounds = np.cumsum([0, *self._leaves])
         weight = np.bincount(self.group_of_token, weights=frequencies, minlength=max(topology.n_groups, 1))
         self.frequency = weight / max(weight.sum(), 1.0)
-        """(G,) share of each group's tokens in the corpus."""
+        """(G,) The share of each group's tokens in the corpus."""
         self.loads = np.zeros(topology.n_groups + 1, np.int64)
-        """Sequences that each bin has received so far."""
+        """(G + 1,) The number of sequences that each bin has received so far."""
         self.tokens = 0
+        """The number of tokens routed so far."""
         self.own_tokens = 0
-        """Tokens routed so far, and those of them that met the group of their own symmetry class."""
+        """The number of those tokens that were routed to the group of their own symmetry class."""
         self.learns = topology.size > 1 and callable(getattr(self.rule, "learn", None))
-        """Whether :meth:`learn` is of use."""
+        """Whether :meth:`learn` may be called: the rule learns, and there are several ranks."""
 
     def learn(self, counts: NDArray[np.int32]) -> None:
-        """Let the rule look at the :meth:`counts` of some sequences like those to come, one or more."""
+        """Let the rule learn from the :meth:`counts` of one or more sequences like those to come."""
         units = self._units(counts)
         with plugin_errors(self.outside):
             self.rule.learn(read_only(units), read_only(self._capacity(len(units))))
 
     def route(self, tokens: NDArray[np.int32]) -> Dealt:
-        """Route the (B, T) token ids of one batch; entries below 0 are padding."""
+        """Return where the sequences of a batch of (B, T) token ids go; entries below 0 are padding."""
         return self.route_counts(self.counts(tokens))
 
     def route_counts(self, counts: NDArray[np.int32]) -> Dealt:
-        """Route sequences by their (B, bins) :meth:`counts`."""
+        """Return where sequences go by their (B, bins) :meth:`counts`."""
         n = len(counts)
         if self.topology.size == 1:
             total = int(counts.sum())
@@ -147,7 +151,7 @@ class Router:
         return deal(counts, choose(units, capacity, self.frequency), self.unit_size, self._ranks, self._bounds)
 
     def record(self, dealt: Dealt) -> None:
-        """Count the batch into :attr:`loads`; called once per committed step."""
+        """Add the batch to :attr:`loads` and the counts of tokens; it must be called once per committed step."""
         self.loads += np.bincount(dealt.bin, minlength=len(self.loads))
         self.tokens += dealt.tokens
         self.own_tokens += dealt.own_tokens
@@ -182,18 +186,18 @@ class Router:
         return found.astype(np.int64)
 
     def _units(self, counts: NDArray[np.int32]) -> NDArray[np.int32]:
-        """Add up the counts of sequences that are routed as one."""
+        """Return the (n, bins) counts of units: those of the sequences that are routed as one are added up."""
         if self.unit_size == 1:
             return counts
         return np.add.reduceat(counts, np.arange(0, len(counts), self.unit_size), axis=0)
 
     def _capacity(self, n: int) -> Integers:
-        """Return the (bins,) units of ``n`` that each bin may hold: an even share a leaf, rounded up."""
+        """Return the (bins,) units of ``n`` that each bin may hold: an even share for each leaf, rounded up."""
         return self._leaves * -(-n // len(self._ranks))
 
 
 def even_leaves(n: int, topology: Topology) -> NDArray[np.int64]:
-    """Return the (n,) leaf of each sequence when they are dealt out evenly, whatever their tokens (evaluation)."""
+    """Return the (n,) leaf of each sequence in evaluation: they are divided evenly, whatever their tokens."""
     ranks = [rank for members in topology.bins for rank in members]
     bounds = np.array([n * i // len(ranks) for i in range(len(ranks) + 1)])
     return np.repeat(np.asarray(ranks, np.int64), np.diff(bounds))

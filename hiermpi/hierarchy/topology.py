@@ -1,8 +1,8 @@
-"""The tree of ranks: one root, a control rank per symmetry group, workers below them.
+"""This module arranges the ranks as a tree: one root, a control rank per group, and workers below them.
 
-Non-root ranks, in node order, are cut into G contiguous blocks whose sizes differ by at most one; the first of a
-block is its control rank, the rest are its workers. With fewer groups than symmetry classes, class c belongs to
-group c modulo G. All of it is arithmetic, so that ``plan`` can answer for a machine it is not on.
+The ranks but the root, in node order, are cut into G contiguous blocks whose sizes differ by at most one; the first
+rank of a block is its control rank, the rest are its workers. With fewer groups than symmetry classes, class c belongs
+to group c modulo G. All of it is arithmetic, so that ``plan`` can compute it for any machine.
 """
 
 from collections.abc import Sequence
@@ -15,11 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 IDLE = 0.1
-"""Of the cores' time that may be idle while the last ranks compute: turns on cores of their own save more."""
+"""The share of the cores' time that may be idle while the last ranks compute: compute slots on fixed cores save more."""
 
 
 class Role(StrEnum):
-    """What a rank is for."""
+    """The role of a rank in the hierarchy."""
 
     ROOT = "root"
     CONTROL = "control"
@@ -27,7 +27,7 @@ class Role(StrEnum):
 
 
 def block_bounds(n: int, parts: int) -> list[int]:
-    """``parts + 1`` bounds that cut ``range(n)`` into contiguous blocks whose sizes differ by at most one.
+    """Return ``parts + 1`` bounds that cut ``range(n)`` into contiguous blocks whose sizes differ by at most one.
 
     The larger blocks come first: ``block_bounds(7, 3) == [0, 3, 5, 7]``.
     """
@@ -36,11 +36,14 @@ def block_bounds(n: int, parts: int) -> list[int]:
 
 
 def nodes_by_count(size: int, ranks_per_node: int | Sequence[int]) -> list[int]:
-    """Node of each rank when ranks fill the nodes one after another.
+    """Return the node of each rank when ranks fill the nodes one after another.
 
     Args:
-        size: number of ranks.
-        ranks_per_node: one number for all nodes (0 puts all on one), or one per node, which must add up to ``size``.
+        size: The number of ranks.
+        ranks_per_node: One number for all nodes (0 puts all on one), or one per node, which must add up to ``size``.
+
+    Raises:
+        ValueError: A number is negative, or the numbers do not add up to ``size``.
     """
     if isinstance(ranks_per_node, int):
         if ranks_per_node < 0:
@@ -53,17 +56,17 @@ def nodes_by_count(size: int, ranks_per_node: int | Sequence[int]) -> list[int]:
 
 @dataclass(frozen=True)
 class Topology:
-    """Role, group and place of every rank.
+    """The topology has the role, group and node of every rank.
 
     Args:
-        size: number of ranks, at least 1.
-        symmetry_order: classes of the model, S.
-        ranks_per_node: see :func:`nodes_by_count`; ignored where ``node_of_rank`` is given.
-        node_of_rank: the node of each rank, any numbering (as MPI found it).
-        coordinators: ``compute`` (every rank computes) or ``dedicated`` (only ranks with nobody below them).
+        size: The number of ranks, at least 1.
+        symmetry_order: The number of symmetry classes of the model, S.
+        ranks_per_node: The ranks of each node, see :func:`nodes_by_count`; ignored where ``node_of_rank`` is given.
+        node_of_rank: The node of each rank, in any numbering (as MPI found it).
+        coordinators: ``compute`` (every rank computes) or ``dedicated`` (only ranks with no rank below them compute).
 
     Raises:
-        ValueError: fewer than one rank or class, an unknown ``coordinators``, node data that does not fit ``size``.
+        ValueError: There is no rank or class, ``coordinators`` is unknown, or the node data do not fit ``size``.
     """
 
     size: int
@@ -84,24 +87,24 @@ class Topology:
 
     @cached_property
     def n_groups(self) -> int:
-        """Number of groups G: the symmetry order, or fewer where there are not enough ranks."""
+        """Return the number of groups G: the symmetry order, or fewer where there are not enough ranks."""
         return min(self.symmetry_order, self.size - 1)
 
     @cached_property
     def nodes(self) -> tuple[int, ...]:
-        """Node of each rank, numbered from 0 in the order of their first rank."""
+        """Return the node of each rank; nodes are numbered from 0 in the order of their first rank."""
         assert self.node_of_rank is not None
         number: dict[int, int] = {}
         return tuple(number.setdefault(node, len(number)) for node in self.node_of_rank)
 
     @property
     def n_nodes(self) -> int:
-        """Number of nodes."""
+        """Return the number of nodes."""
         return max(self.nodes) + 1
 
     @cached_property
     def ranks_of_node(self) -> tuple[tuple[int, ...], ...]:
-        """The ranks of each node."""
+        """Return the ranks of each node."""
         found: list[list[int]] = [[] for _ in range(self.n_nodes)]
         for rank, node in enumerate(self.nodes):
             found[node].append(rank)
@@ -109,19 +112,19 @@ class Topology:
 
     @cached_property
     def leaves_of_node(self) -> tuple[int, ...]:
-        """How many ranks of each node compute."""
+        """Return how many ranks of each node compute."""
         return tuple(sum(map(self.is_leaf, ranks)) for ranks in self.ranks_of_node)
 
     @property
     def layout(self) -> str:
-        """Ranks, and ranks of each node: what a choice by time depends on."""
+        """Return a description of the ranks and of those of each node; a timed choice is valid for one description."""
         counts = [len(ranks) for ranks in self.ranks_of_node]
         each = str(counts[0]) if len(set(counts)) == 1 else ",".join(map(str, counts))
         return f"{self.size} ranks, {each} a node"
 
     @cached_property
     def groups(self) -> tuple[tuple[int, ...], ...]:
-        """Ranks of each group, its control rank first."""
+        """Return the ranks of each group, with its control rank first."""
         if self.n_groups == 0:
             return ()
         ordered = sorted(range(1, self.size), key=lambda rank: (self.nodes[rank], rank))
@@ -130,12 +133,12 @@ class Topology:
 
     @cached_property
     def control_ranks(self) -> tuple[int, ...]:
-        """The control rank of each group."""
+        """Return the control rank of each group."""
         return tuple(members[0] for members in self.groups)
 
     @cached_property
     def group_of_rank(self) -> tuple[int, ...]:
-        """Group of each rank; -1 for the root, which is in none."""
+        """Return the group of each rank; it is -1 for the root, which is in none."""
         group = [-1] * self.size
         for index, members in enumerate(self.groups):
             for rank in members:
@@ -144,17 +147,17 @@ class Topology:
 
     @cached_property
     def group_of_class(self) -> NDArray[np.int64]:
-        """(S,) group that each symmetry class belongs to; all zeros where there is only the root."""
+        """Return the (S,) group to which each symmetry class belongs; all are 0 where there is only the root."""
         return np.arange(self.symmetry_order) % max(self.n_groups, 1)
 
     def role(self, rank: int) -> Role:
-        """The role of ``rank``."""
+        """Return the role of ``rank``."""
         if rank == 0:
             return Role.ROOT
         return Role.CONTROL if self.groups[self.group_of_rank[rank]][0] == rank else Role.WORKER
 
     def is_leaf(self, rank: int) -> bool:
-        """Whether ``rank`` computes gradients."""
+        """Tell whether ``rank`` computes gradients."""
         if self.coordinators == "compute" or self.size == 1:
             return True
         if rank == 0:
@@ -164,7 +167,7 @@ class Topology:
 
     @cached_property
     def bins(self) -> tuple[tuple[int, ...], ...]:
-        """Leaves of each routing bin: one bin per group, and a last one for the root.
+        """Return the leaves of each routing bin: one bin per group, and a last one for the root.
 
         The root's bin is empty where the root does not compute.
         """
@@ -173,20 +176,20 @@ class Topology:
 
     @property
     def n_leaves(self) -> int:
-        """Number of ranks that compute."""
+        """Return the number of ranks that compute."""
         return sum(len(leaves) for leaves in self.bins)
 
 
 def compute_slots(leaves: int, cores: int) -> int:
-    """Ranks of a node that compute at the same time: few, so that each finds its memory in the caches.
+    """Return how many ranks of a node compute at the same time: few, so that each finds its memory in the caches.
 
-    One for each core where that leaves few of them idle in the last round. Else so many more that the last round has a
-    rank for each core too: of equal work, a round of fewer ranks takes as long. All of them where no other number will
-    do.
+    There is one slot for each core where that leaves few cores idle in the last round. Else there are so many more that
+    the last round has a rank for each core too: with equal work, a round of fewer ranks takes as long as a full one.
+    There is a slot for each rank where no other number will do.
 
     Args:
-        leaves: of the node.
-        cores: for them.
+        leaves: The number of ranks of the node that compute.
+        cores: The number of cores that they may use.
     """
     cores = max(cores, 1)
     if cores <= leaves and -leaves % cores <= IDLE * leaves:

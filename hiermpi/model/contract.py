@@ -1,7 +1,7 @@
-"""What hiermpi asks of a model: bring your own by satisfying :class:`Family` and :class:`Model`, and nothing more.
+"""This module defines what hiermpi asks of a model: it must satisfy :class:`Family` and :class:`Model`.
 
-A family says which tensors a model has; hiermpi lays them out in one vector, in memory where they are summed and handed
-down best, and the family makes a model on top of it. A whole family, a bigram model::
+A family says which tensors a model has. hiermpi lays them out in one vector, in memory where they can be summed and
+broadcast without copies, and the family makes a model on top of it. This is a complete family, a bigram model::
 
     import numpy as np
     from hiermpi import TensorSpec
@@ -47,7 +47,7 @@ down best, and the family makes a model on top of it. A whole family, a bigram m
 
     FAMILY = BigramFamily()
 
-It is chosen with ``--model.family my_module:FAMILY``.
+The option ``--model.family my_module:FAMILY`` chooses it.
 """
 
 from collections.abc import Sequence
@@ -63,32 +63,35 @@ from hiermpi.errors import PluginError, UsageError, in_one_line, plugin_errors
 from hiermpi.model.parameters import ParameterBuffer, TensorSpec
 
 IGNORED_TARGET = -1
-"""A target that counts for nothing: it is not in the loss, nor in the number of tokens."""
+"""The target that marks padding: it is neither in the loss nor in the number of tokens."""
 AUTOMATIC_MICRO_BATCH_TOKENS = 512
-"""Tokens computed at once where ``train.micro_batch_size`` is 0: larger ones fall out of the caches. On a Xeon (2 MB of
-L2 a core) 2048 take 3 to 14 % longer at widths of 128 to 384; no other number is more than 5 % faster."""
+"""The tokens that are computed at once where ``train.micro_batch_size`` is 0: larger micro-batches leave the caches.
+On a Xeon (2 MB of L2 a core) 2048 tokens take 3 to 14 % longer at widths of 128 to 384; no other number is more than
+5 % faster."""
 
 
 class Batch(NamedTuple):
-    """The sequences that one leaf computes at once.
+    """A batch holds the sequences that one leaf computes at once.
 
     Ids are rows of the token table, which are token ids in another order (class-major): a model need not know which.
     """
 
     inputs: NDArray[np.int32]
-    """(B, T) rows of the token table."""
+    """(B, T) The rows of the token table that the inputs have."""
     targets: NDArray[np.int32]
-    """(B, T) rows of the token table; :data:`IGNORED_TARGET` where there is nothing to predict."""
+    """(B, T) The rows of the targets, or :data:`IGNORED_TARGET` where there is nothing to predict."""
     sequence_ids: NDArray[np.int64]
-    """(B,) identity of each sequence within the data: with ``seed`` and ``step`` it keys all randomness."""
+    """(B,) The identity of each sequence within the data: with ``seed`` and ``step`` it keys all randomness."""
     seed: int
+    """The seed of the run."""
     step: int
+    """The number of steps finished before this one."""
 
 
 class Model(Protocol):
     """A model that can be trained on the hierarchy.
 
-    What it computes may depend on the batch and the parameters alone: not on the rank, the clock or earlier batches.
+    The results may depend on the batch and the parameters alone: not on the rank, the clock or earlier batches.
     """
 
     parameters: ParameterBuffer
@@ -98,82 +101,96 @@ class Model(Protocol):
     """The ``symmetry_order`` of the configuration."""
 
     def loss(self, batch: Batch) -> tuple[float, int]:
-        """Return the sum of the losses over the batch's targets, in nats, and the number of targets. No dropout."""
+        """Return the sum of the losses over the batch's targets, in nats, and the number of targets.
+
+        Dropout is not applied.
+        """
 
     def loss_and_gradients(self, batch: Batch, gradients: NDArray[np.float32]) -> tuple[float, int]:
-        """Add the SUM of the targets' gradients into ``gradients``; return what :meth:`loss` returns.
+        """Add the SUM of the targets' gradients to ``gradients``; return the loss sum and the number of targets.
 
-        ``gradients`` is a flat vector of the parameters' layout; ``self.parameters.views(gradients)`` has its tensors.
+        ``gradients`` is a flat vector of the parameters' layout; ``self.parameters.views(gradients)`` returns its
+        tensors.
         """
 
 
 @runtime_checkable
 class WritingModel(Protocol):
-    """A model that can save a pass over the gradients (optional)."""
+    """A model that can write its gradients instead of adding them, which saves a pass over them (optional)."""
 
     def write_gradients(self, batch: Batch, gradients: NDArray[np.float32]) -> tuple[float, int]:
-        """Do what ``loss_and_gradients`` does on zeroed ``gradients``, whatever they hold; padding becomes zero."""
+        """Overwrite ``gradients`` with what ``loss_and_gradients`` would add to zeros; padding becomes zero.
+
+        It returns the loss sum and the number of targets.
+        """
 
 
 @runtime_checkable
 class LendableModel(Protocol):
-    """A model that can work in memory which other ranks of its node use at other times (optional)."""
+    """A model that can compute in memory which other ranks of its node use at other times (optional)."""
 
     def workspace_elements(self) -> int:
-        """Return how many float32s it needs."""
+        """Return how many float32 elements of memory the model needs."""
 
     def share_workspaces(self, memories: Sequence[NDArray[np.float32]]) -> None:
-        """Work in one of these, all zeroed, from now on."""
+        """Use these zeroed memories as workspaces from now on, and begin with the first."""
 
     def work_in(self, slot: int) -> None:
-        """Work in this one, by its number."""
+        """Use the shared workspace with the number ``slot`` from now on."""
 
 
 @runtime_checkable
 class LogitsModel(Protocol):
-    """A model that gives its predictions (optional): ``generate`` needs it."""
+    """A model that returns its predictions (optional), which ``generate`` needs."""
 
     def logits(self, batch: Batch) -> NDArray[np.floating]:
-        """Return the (B, T, V) logits of the token that follows each input, over rows of the table, without dropout."""
+        """Return the (B, T, V) logits, over rows of the table, of the token that follows each input.
+
+        Dropout is not applied.
+        """
 
 
 class Decoder(Protocol):
-    """Extends one sequence by some tokens at a time."""
+    """A decoder extends one sequence by some tokens at a time."""
 
     def extend(self, rows: Sequence[int]) -> NDArray[np.floating]:
-        """Append rows of the table; return the (V,) logits, over rows, of the one that follows."""
+        """Append rows of the table to the sequence; return the (V,) logits, over rows, of the next one."""
 
 
 @runtime_checkable
 class DecodingModel(Protocol):
-    """A model that generates at the cost of the new tokens (optional)."""
+    """A model that generates text at the cost of the new tokens alone (optional)."""
 
     def decoder(self) -> Decoder:
-        """Return a decoder of an empty sequence."""
+        """Return a decoder whose sequence is empty."""
 
 
 class Family(Protocol):
-    """A kind of model: an object with these methods.
+    """A family is a kind of model: an object with these methods.
 
-    Two more are optional: ``flops_per_token(config) -> float``, floating-point operations of forward and backward pass,
-    for ``plan``'s predictions and ``bench step``; and ``workspace_bytes(config, sequences) -> int``, the memory of a
-    model that computes so many sequences at once, for ``plan``. Settings of a family's own stand in ``config.options``.
+    Two more methods are optional. ``flops_per_token(config) -> float`` returns the floating-point operations of the
+    forward and backward pass per token, which ``plan`` and ``bench step`` use. ``workspace_bytes(config, sequences) ->
+    int`` returns the bytes that a model needs to compute so many sequences at once, which ``plan`` uses. A family finds
+    its own settings in ``config.options``.
     """
 
     def specs(self, config: ModelConfig) -> Sequence[TensorSpec]:
-        """Return the tensors, in their order within the vector. Raises ValueError for settings that do not fit."""
+        """Return the specs of the tensors, in their order within the vector.
+
+        It raises ValueError for settings that do not fit together.
+        """
 
     def make(self, config: ModelConfig, parameters: ParameterBuffer, sequences: int) -> Model:
-        """Make a model.
+        """Make a model on top of ``parameters``.
 
         Args:
-            config: The settings, the vocabulary size resolved.
-            parameters: The model's parameters, of the family's specs, not initialised.
+            config: The settings, with the vocabulary size resolved.
+            parameters: The model's parameters, laid out by the family's specs but not yet initialised.
             sequences: The most sequences that should be computed at once; a batch may have more.
         """
 
     def initialize(self, model: Any, seed: int) -> None:
-        """Fill the tensors of ``model.parameters``.
+        """Fill the tensors of ``model.parameters`` with initial values, which depend on ``seed``.
 
         Row i of a tensor with ``symmetry_rows`` belongs to the token ``model.parameters.symmetry.token_of_row[i]``.
         """
@@ -187,7 +204,7 @@ def load_family(choice: Any) -> Family:
 
     Raises:
         UsageError: There is no such family.
-        PluginError: It lacks a method.
+        PluginError: The family lacks a method.
     """
     family = FAMILIES.load(choice) if isinstance(choice, str) else choice
     with plugin_errors(FAMILIES.described(choice) if FAMILIES.outside(choice) else ""):
@@ -348,5 +365,5 @@ def check_result(what: str, result: Any, batch: Batch) -> tuple[float, int]:
 
 
 def micro_batch_sequences(config: ModelConfig, wanted: int = 0) -> int:
-    """Return how many sequences are computed at once: ``wanted``, or the automatic choice where that is 0."""
+    """Return how many sequences are computed at once: ``wanted``, or the automatic choice where it is 0."""
     return wanted or max(1, AUTOMATIC_MICRO_BATCH_TOKENS // config.context_length)

@@ -1,7 +1,7 @@
-"""Text from a model: token by token, whatever its family.
+"""This module generates text from a model token by token, whatever the family of the model.
 
-A model that decodes is extended at the cost of the new tokens; one that only gives logits computes its window again for
-every token. Token ids come in and go out; rows of the model's table are used inside alone.
+A model with a decoder computes the new tokens alone; one that only returns logits computes its whole window again for
+every token. Arguments and results are token ids; rows of the model's table are used only inside.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,11 +16,11 @@ from hiermpi.model.contract import Batch, Decoder, DecodingModel, LogitsModel
 
 
 class WindowDecoder:
-    """Decodes with a model that gives logits alone: the whole window again for every token.
+    """A decoder for a model that only returns logits: it computes the whole window again for every token.
 
     Args:
         model: The model with its parameters.
-        context_length: The most tokens that it is given.
+        context_length: The most tokens that the model is given.
     """
 
     def __init__(self, model: LogitsModel, context_length: int) -> None:
@@ -29,7 +29,7 @@ class WindowDecoder:
         self.window: list[int] = []
 
     def extend(self, rows: Sequence[int]) -> NDArray[np.floating]:
-        """Append rows of the table; return the (V,) logits, over rows, of the one that follows."""
+        """Append rows of the table to the sequence; return the (V,) logits, over rows, of the next one."""
         self.window = [*self.window, *map(int, rows)][-self.context_length :]
         inputs = np.array([self.window], np.int32)
         return self.model.logits(Batch(inputs, inputs, np.zeros(1, np.int64), 0, 0))[0, -1]
@@ -68,7 +68,7 @@ class OutsideDecoder:
 
 
 def make_decoder(model: Any, context_length: int) -> Decoder:
-    """Make the best decoder that a model offers. Raises UserError where it offers none."""
+    """Make the cheapest decoder that a model allows. Raises UserError where it allows none."""
     if isinstance(model, DecodingModel):
         return model.decoder()
     if isinstance(model, LogitsModel):
@@ -87,23 +87,24 @@ def token_logits(model: Any, tokens: NDArray[np.integer]) -> NDArray[np.floating
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen."""
+    """The settings by which the next token is chosen."""
 
     temperature: float = 1.0
-    """0 takes the likeliest token."""
+    """The divisor of the logits; with 0 the likeliest token is taken."""
     top_k: int = 0
-    """Only among the k likeliest; 0 among all."""
+    """The number of likeliest tokens among which one is chosen; with 0 any token may be."""
     top_p: float = 1.0
-    """Only among the likeliest that together have this probability (Holtzman et al., arXiv 1904.09751)."""
+    """The probability that the likeliest tokens, among which one is chosen, have together (Holtzman et al., arXiv
+    1904.09751)."""
 
 
 def sample(logits: NDArray[np.floating], generator: np.random.Generator, how: Sampling) -> int:
-    """A token id drawn from softmax(logits / temperature), cut to the likeliest.
+    """Draw a token id from softmax(logits / temperature), restricted to the likeliest tokens.
 
     Args:
-        logits: (V,).
-        generator: source of randomness.
-        how: temperature and cuts.
+        logits: (V,) The logits of the tokens.
+        generator: The source of randomness.
+        how: The temperature and the restrictions.
     """
     if how.temperature == 0.0:
         return int(logits.argmax())
@@ -133,14 +134,14 @@ def generate(
     Args:
         model: The model with its parameters.
         prompt: Token ids, at least one.
-        count: How many to yield.
+        count: The number of token ids to yield.
         seed: The seed of the choices.
-        how: How they are made.
+        how: The settings by which tokens are chosen.
         context_length: The most tokens that the model is given.
-        vocab_size: Only ids below it are chosen, where the model's table has spare rows; 0 chooses among all.
+        vocab_size: The bound below which ids are chosen, where the model's table has spare rows; 0 means all rows.
 
     Raises:
-        UserError: The model gives no logits.
+        UserError: The model returns no logits.
     """
     row_of_token, what = model.parameters.row_of_token, outside_model(model)
     with plugin_errors(what):

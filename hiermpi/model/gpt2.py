@@ -1,10 +1,12 @@
-"""GPT-2's architecture: pre-norm blocks, learned positions, GELU(tanh), tied or untied output (Radford et al. 2019).
+"""This module implements GPT-2: pre-norm blocks, learned positions, GELU(tanh), tied or untied output.
 
-Forward and backward are written out. Batch and time are folded into one product per layer; everything between the
-products is a kernel of :mod:`hiermpi.kernels`; it works in buffers of :mod:`hiermpi.model.workspace`. The forward pass
-is written once: training and decoding differ in the attention alone.
+The architecture is that of Radford et al. 2019. Forward and backward pass are written out. Batch and time are folded
+into one product per layer; everything between the products is a kernel of :mod:`hiermpi.kernels`, and all of it works
+in buffers of :mod:`hiermpi.model.workspace`. The forward pass is written once: training and decoding differ in the
+attention alone.
 
-Sizes in comments: B sequences, T tokens of each, N = B T rows, C channels, H heads of D channels, V rows of the table.
+Comments use these sizes: B sequences, T tokens of each, N = B T rows, C channels, H heads of D channels, V rows of the
+table.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -24,7 +26,7 @@ EMBEDDING_SITE = 0
 
 
 def gpt2_specs(config: ModelConfig) -> list[TensorSpec]:
-    """Return the tensors in their order within the vector: the decayed matrices, then the rest. Raises ValueError."""
+    """Return the specs of the tensors in the vector's order: the decayed matrices, then the rest. Raises ValueError."""
     width = config.n_embd
     if width % config.n_head:
         below = width - width % config.n_head
@@ -58,7 +60,10 @@ def _linear_layers(width: int) -> list[tuple[str, int, int]]:
 
 
 def flops_per_token(config: ModelConfig) -> float:
-    """Return the operations of forward and backward per token: 6 N + 12 L C T (Chowdhery et al. 2022)."""
+    """Return the floating-point operations of both passes per token: 6 N + 12 L C T (Chowdhery et al. 2022).
+
+    Here N is the number of weights in products, and L the number of layers.
+    """
     matrices = sum(spec.size for spec in gpt2_specs(config) if spec.decay and spec.name != "wpe.weight")
     if not config.tie_embeddings:
         matrices -= config.vocab_size * config.n_embd
@@ -69,10 +74,10 @@ class GPT2:
     """A GPT-2 that satisfies :class:`hiermpi.model.contract.Model` and all of its optional parts.
 
     Args:
-        config: The settings, the vocabulary size resolved.
-        parameters: The buffer of the parameters; of float64 for gradient checks, with the kernels in numpy.
+        config: The settings, with the vocabulary size resolved.
+        parameters: The buffer of the parameters; a float64 one, for gradient checks, uses the kernels in numpy.
         sequences: The most sequences that are computed at once.
-        kernels: By default the environment's.
+        kernels: The kernels that compute; by default those of the environment.
     """
 
     def __init__(
@@ -83,7 +88,7 @@ class GPT2:
         self.parameters = parameters
         products = self.parameters.runs(self._is_product)
         self._sums = [(start, stop) for start, stop, is_product in products if not is_product]
-        """Ranges of the vector with the gradients that are only added to."""
+        """The ranges of the vector with gradients that are only ever added to."""
         self._viewed: tuple[NDArray | None, dict[str, NDArray]] = (None, {})
         self.micro_batch = sequences
         self.kernels = (kernels or load_kernels()) if self.parameters.dtype == np.float32 else ReferenceKernels()
@@ -93,10 +98,10 @@ class GPT2:
         self._workspaces = [Workspace(config, self.parameters.dtype)]
         self._workspace = self._workspaces[0]
 
-    # What the trainer calls.
+    # These methods are called by the trainer.
 
     def loss(self, batch: Batch) -> tuple[float, int]:
-        """Return the sum of the losses over the batch's targets, in nats, and their number. Without dropout."""
+        """Return the sum of the losses over the batch's targets, in nats, and their number; nothing is dropped."""
         total = 0.0
         for part in self._micro_batches(batch):
             self._forward(part, threshold=0)
@@ -104,23 +109,26 @@ class GPT2:
         return total, int((batch.targets >= 0).sum())
 
     def loss_and_gradients(self, batch: Batch, gradients: NDArray) -> tuple[float, int]:
-        """Add the batch's gradient SUM into ``gradients``; return (loss_sum, n_tokens)."""
+        """Add the batch's gradient SUM to ``gradients``; return (loss_sum, n_tokens)."""
         return self._passes(batch, self._views(gradients), fresh=False)
 
     def write_gradients(self, batch: Batch, gradients: NDArray) -> tuple[float, int]:
-        """Write instead of adding: first products are written, the rest is zeroed before."""
+        """Overwrite ``gradients`` with the batch's gradient SUM; return (loss_sum, n_tokens).
+
+        The first product of each matrix is written instead of added; the other gradients are zeroed before.
+        """
         for start, stop in self._sums:
             gradients[start:stop] = 0
         return self._passes(batch, self._views(gradients), fresh=True)
 
     def _views(self, gradients: NDArray) -> dict[str, NDArray]:
-        """Named views into ``gradients``, made once for a vector that comes step after step."""
+        """Return named views into ``gradients``; they are kept for a vector that comes step after step."""
         if self._viewed[0] is not gradients:
             self._viewed = gradients, self.parameters.views(gradients)
         return self._viewed[1]
 
     def _is_product(self, spec: TensorSpec) -> bool:
-        """Whether a tensor's gradient begins with a matrix product."""
+        """Tell whether a tensor's gradient begins with a matrix product."""
         if spec.symmetry_rows:
             return spec.name == self._head_name
         return len(spec.shape) == 2 and spec.name != "wpe.weight"
@@ -135,7 +143,7 @@ class GPT2:
         return total, int((batch.targets >= 0).sum())
 
     def logits(self, batch: Batch) -> NDArray:
-        """Return the (B, T, V) logits over rows of the table."""
+        """Return the (B, T, V) logits, over rows of the table, of the token that follows each input."""
         parts = []
         for part in self._micro_batches(batch):
             self._forward(part, threshold=0)
@@ -149,26 +157,26 @@ class GPT2:
         return self.parameters[self._head_name]
 
     def decoder(self) -> "GPT2Decoder":
-        """Return a decoder of an empty sequence."""
+        """Return a decoder whose sequence is empty."""
         return GPT2Decoder(self)
 
-    # Where it works.
+    # These methods choose the memory in which the model computes.
 
     def workspace_elements(self) -> int:
-        """Return the elements of memory that a workspace for micro-batches needs."""
+        """Return how many elements of memory a workspace for micro-batches needs."""
         return Workspace.elements(self.config, self.micro_batch)
 
     def share_workspaces(self, memories: Sequence[NDArray]) -> None:
-        """Work in memory that others use at other times: zeroed, of :meth:`workspace_elements` each."""
+        """Use these zeroed memories, of :meth:`workspace_elements` each, which others may use at other times."""
         dtype, size = self.parameters.dtype, self.micro_batch
         self._workspaces = [Workspace(self.config, dtype, memory, size) for memory in memories]
         self._workspace = self._workspaces[0]
 
     def work_in(self, slot: int) -> None:
-        """Use the shared workspace of this number from now on."""
+        """Use the shared workspace with the number ``slot`` from now on."""
         self._workspace = self._workspaces[slot]
 
-    # The passes.
+    # These methods are the passes.
 
     def _micro_batches(self, batch: Batch) -> list[Batch]:
         size = self.micro_batch
@@ -184,7 +192,7 @@ class GPT2:
         ]
 
     def _forward(self, batch: Batch, threshold: int) -> "Keys":
-        """Compute everything up to the last norm, and keep it in the buffers."""
+        """Compute everything up to the last norm into the buffers; return the dropout keys of the batch."""
         buffers = self._workspace.reserve(*batch.inputs.shape)
         kernels, keys, shape = self.kernels, Keys(batch, threshold), self._shape(batch)
         blocks = self._blocks[self.parameters.slot]
@@ -208,12 +216,13 @@ class GPT2:
         """Compute everything up to the last norm.
 
         Args:
-            kernels: What computes it.
-            buffers: Where it is kept, reserved for ``inputs``.
-            inputs: (B, T) rows of the token table.
-            start: The position of the first of the T.
-            keys: The dropout of the batch.
-            attend: Called with a layer's number when its ``qkv`` is there; it fills its ``heads``.
+            kernels: The kernels that compute it.
+            buffers: The buffers that are filled, reserved for ``inputs``.
+            inputs: (B, T) The rows of the token table.
+            start: The position of the first of the T tokens.
+            keys: The dropout keys of the batch.
+            attend: The attention: it is called with a layer's number when its ``qkv`` is complete, and fills its
+                ``heads``.
         """
         kernels.scratch = buffers["scratch"]
         tensors, layers, blocks = self.parameters.tensors, self.config.n_layer, self._blocks[self.parameters.slot]
@@ -241,7 +250,7 @@ class GPT2:
             kernels.residual_norm_forward(x[i + 1], *after, middle[i], branch, bias, *following)
 
     def _head(self, batch: Batch, gradients: "Gradients | None") -> float:
-        """The loss sum; with ``gradients`` also the gradient of the last norm's output, into the buffer branch."""
+        """Return the loss sum; with ``gradients``, write that of the last norm's output to the buffer ``branch``."""
         buffers, kernels = self._workspace.buffers, self.kernels
         weight = self.output_weight()
         normed, targets = buffers["norm1"][self.config.n_layer], batch.targets.reshape(-1)
@@ -303,7 +312,7 @@ class GPT2:
         keys.drop(kernels, dx, EMBEDDING_SITE)
         kernels.embed_backward(grads["wte.weight"], grads["wpe.weight"], dx, batch.inputs)
 
-    # Small things.
+    # These are small helpers.
 
     @property
     def _head_name(self) -> str:
@@ -315,37 +324,58 @@ class GPT2:
 
 
 class Gradients:
-    """The gradient tensors of a batch, and whether they are still zero."""
+    """The gradient tensors of a batch, with a flag that tells whether they are still to be written first."""
 
     def __init__(self, tensors: Mapping[str, NDArray], fresh: bool) -> None:
         self.tensors = tensors
         self.fresh = fresh
 
     def add_product(self, kernels: Kernels, name: str, a: NDArray, b: NDArray, first: bool = True) -> None:
-        """Add a @ b to the tensor called ``name``; ``first``: it is this micro-batch's first product for it."""
+        """Add a @ b to the gradient tensor called ``name``, or write it where nothing has been written yet.
+
+        Args:
+            kernels: The kernels that compute it.
+            name: The name of the tensor, (n, m).
+            a: (n, k) The left factor.
+            b: (k, m) The right factor.
+            first: Whether it is the micro-batch's first product for this tensor.
+        """
         kernels.product(self.tensors[name], a, b, add=not (self.fresh and first))
 
 
 class Keys:
-    """The dropout keys of a batch's sequences; with a threshold of 0 nothing is dropped."""
+    """The dropout keys of a batch's sequences; nothing is dropped where the threshold is 0."""
 
     def __init__(self, batch: Batch, threshold: int) -> None:
         self.batch = batch
         self.threshold = threshold
 
     def at(self, site: int) -> NDArray[np.uint64]:
-        """(B,) keys at a site."""
+        """Return the (B,) keys of the sequences at a dropout site, or no keys where nothing is dropped."""
         if not self.threshold:
             return NO_KEYS
         return sequence_keys(self.batch.seed, self.batch.step, self.batch.sequence_ids, site)
 
     def drop(self, kernels: Kernels, x: NDArray, site: int) -> None:
-        """Drop elements of x (N, C) in place."""
+        """Drop elements of ``x`` (N, C) in place.
+
+        Args:
+            kernels: The kernels that compute it.
+            x: (N, C) The activations or gradients.
+            site: The number of the dropout site.
+        """
         if self.threshold:
             kernels.dropout(x, self.at(site), self.threshold)
 
     def drop_branch(self, kernels: Kernels, branch: NDArray, bias: NDArray, site: int) -> NDArray:
-        """Drop elements of branch + bias in place; return the bias that is still to be added."""
+        """Drop elements of ``branch`` + ``bias`` in place; return the bias that is still to be added.
+
+        Args:
+            kernels: The kernels that compute it.
+            branch: (N, C) The output of a branch's last product; where nothing is dropped it stays as it is.
+            bias: (C,) The bias of that product.
+            site: The number of the dropout site.
+        """
         if not self.threshold:
             return bias
         branch += bias
@@ -353,9 +383,16 @@ class Keys:
         return np.zeros_like(bias)
 
     def drop_gradient(self, kernels: Kernels, dx: NDArray, scratch: NDArray, dbias: NDArray, site: int) -> NDArray:
-        """The gradient of the branch's product: dx itself, or a copy with the same elements dropped.
+        """Return the gradient of a branch's product: ``dx`` itself, or a copy with the same elements dropped.
 
-        Adds the bias gradient where dropout kept the norm's backward from summing it.
+        Where there is dropout, the norm's backward pass cannot sum the bias gradient, so it is added here.
+
+        Args:
+            kernels: The kernels that compute it.
+            dx: (N, C) The gradient of the residual stream.
+            scratch: (N, C) Memory for the copy.
+            dbias: (C,) The gradient of the bias, added to.
+            site: The number of the dropout site.
         """
         if not self.threshold:
             return dx
@@ -375,10 +412,10 @@ def _block(tensors: Mapping[str, NDArray], layer: int) -> dict[str, NDArray]:
 
 
 class GPT2Decoder:
-    """Extends one sequence with cached keys and values, at the cost of the new tokens.
+    """A decoder with cached keys and values, which computes the new tokens alone.
 
-    Positions are absolute, so past the context the cache does not fit the slid window any more and is rebuilt: the
-    logits are those of a forward pass over the last ``context_length`` tokens, always.
+    Positions are absolute. Once the sequence is longer than the context, the cache does not fit the moved window any
+    more and is rebuilt: the logits are always those of a forward pass over the last ``context_length`` tokens.
 
     Args:
         model: The model with its parameters.
@@ -388,15 +425,15 @@ class GPT2Decoder:
         config, dtype = model.config, model.parameters.dtype
         self.model = model
         self.window: list[int] = []
-        """The rows that the next one is predicted from."""
+        """The rows from which the next one is predicted."""
         shape = (config.n_layer, 2, config.n_head, config.context_length, config.n_embd // config.n_head)
         self._cache = np.zeros(shape, dtype)
-        self._kernels = ReferenceKernels()  # the BLAS reads weights once for a row, packed panels twice
-        # Pages that one sequence does not touch, such as those of the training pass's attention, are never taken.
+        self._kernels = ReferenceKernels()  # for a row the BLAS reads the weights once, packing reads them twice
+        # The system never provides the pages that one sequence does not touch, such as those of the training attention.
         self._workspace = Workspace(config, dtype, lazy_zeros(Workspace.elements(config, 1), dtype), 1)
 
     def extend(self, rows: Sequence[int]) -> NDArray[np.floating]:
-        """Append rows of the table; return the (V,) logits, over rows, of the one that follows."""
+        """Append rows of the table to the sequence; return the (V,) logits, over rows, of the next one."""
         context = self.model.config.context_length
         start = len(self.window)
         self.window = [*self.window, *map(int, rows)]
@@ -412,7 +449,13 @@ class GPT2Decoder:
         return self.model.output_weight() @ buffers["norm1"][self.model.config.n_layer][-1]
 
     def _attend(self, buffers: Mapping[str, NDArray], layer: int, start: int) -> None:
-        """Attend from the new positions, ``start`` and on, to all up to them."""
+        """Attend from the new positions, which begin at ``start``, to all positions up to each of them.
+
+        Args:
+            buffers: The buffers of the new positions.
+            layer: The number of the layer.
+            start: The first new position.
+        """
         heads, width = self._cache.shape[2], self._cache.shape[4]
         out = buffers["heads"][layer]
         stop = start + len(out)
@@ -429,7 +472,7 @@ class GPT2Decoder:
 
 
 class GPT2Family:
-    """The family of GPT-2."""
+    """The family of GPT-2 models."""
 
     def specs(self, config: ModelConfig) -> list[TensorSpec]:
         return gpt2_specs(config)
@@ -438,7 +481,7 @@ class GPT2Family:
         return GPT2(config, parameters, sequences)
 
     def initialize(self, model: GPT2, seed: int) -> None:
-        """Draw GPT-2's initialisation tensor by tensor in token order: the same for every symmetry table."""
+        """Draw GPT-2's initialisation in token order, so that it is the same for every symmetry table."""
         scale, parameters = 0.02, model.parameters
         for index, spec in enumerate(parameters.specs):
             tensor = parameters[spec.name]
@@ -470,15 +513,15 @@ def make_gpt2(
     micro_batch_size: int = 0,
     kernels: Kernels | None = None,
 ) -> GPT2:
-    """Make a GPT-2 outside of a run, its parameters not initialised.
+    """Make a GPT-2 outside of a run; its parameters are not initialised.
 
     Args:
-        config: The settings, the vocabulary size resolved.
-        symmetry_group: (<= V,) symmetry class of each token id; others go by id modulo the order.
-        dtype: float32, or float64 for gradient checks.
-        storage: Memory for the slots of the parameters.
-        micro_batch_size: The most sequences that are computed at once; 0 chooses.
-        kernels: By default the environment's.
+        config: The settings, with the vocabulary size resolved.
+        symmetry_group: (<= V,) The symmetry class of each token id; further ids go by id modulo the order.
+        dtype: The element type: float32, or float64 for gradient checks.
+        storage: The memory for the slots of the parameters; by default it is allocated.
+        micro_batch_size: The most sequences that are computed at once; 0 means the automatic choice.
+        kernels: The kernels that compute; by default those of the environment.
     """
     groups = symmetry_groups(symmetry_group, config.vocab_size, config.symmetry_order)
     table = SymmetryTable(groups, config.symmetry_order)

@@ -1,4 +1,4 @@
-"""One contiguous vector for all parameters, with named tensors as views into it.
+"""This module keeps all parameters in one contiguous vector, with named tensors as views into it.
 
 So a reduction needs no packing, the optimizer is one pass, and a checkpoint is a few datasets. Gradients and the
 optimizer's state are vectors of the same layout.
@@ -22,14 +22,14 @@ from hiermpi.kernels.memory import aligned_zeros, round_up
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """A named tensor of a model."""
+    """The description of a named tensor of a model."""
 
     name: str
     shape: tuple[int, ...]
     decay: bool = False
-    """Whether weight decay applies."""
+    """Whether weight decay applies to the tensor."""
     symmetry_rows: bool = False
-    """Whether axis 0 is the token table's, ordered by symmetry class."""
+    """Whether axis 0 has one row per token, ordered by symmetry class."""
 
     @property
     def size(self) -> int:
@@ -37,7 +37,13 @@ class TensorSpec:
 
 
 def symmetry_groups(known: NDArray[np.uint8] | None, vocab_size: int, symmetry_order: int) -> NDArray[np.uint8]:
-    """Return the (V,) symmetry class of each token id; ids beyond the ``known`` ones go by id modulo the order."""
+    """Return the (V,) symmetry class of each token id.
+
+    Args:
+        known: The classes of the first ids; further ids go by id modulo the order. With None all ids do.
+        vocab_size: The number of token ids, V.
+        symmetry_order: The number of classes.
+    """
     groups = (np.arange(vocab_size) % symmetry_order).astype(np.uint8)
     if known is not None:
         groups[: len(known)] = known[:vocab_size]
@@ -48,13 +54,16 @@ class SymmetryTable:
     """The permutation between token ids and rows.
 
     Args:
-        groups: (V,) symmetry class of each token id.
-        symmetry_order: number of classes, S.
+        groups: (V,) The symmetry class of each token id.
+        symmetry_order: The number of classes, S.
 
     Attributes:
-        token_of_row: (V,) token id of each row: sorted by class, then by id.
-        row_of_token: (V,) row of each token id.
-        class_bounds: (S + 1,) rows at which the classes begin, and V.
+        token_of_row: (V,) The token id of each row; rows are sorted by class, then by id.
+        row_of_token: (V,) The row of each token id.
+        class_bounds: (S + 1,) The rows at which the classes begin, and V.
+
+    Raises:
+        ValueError: A class is not below the order.
     """
 
     def __init__(self, groups: NDArray[np.uint8], symmetry_order: int) -> None:
@@ -68,12 +77,12 @@ class SymmetryTable:
 
 
 class ParameterLayout:
-    """Where each tensor stands in the vector. Allocates nothing.
-
-    Args:
-        specs: the tensors, in their order within the vector.
+    """The layout of the tensors in the vector; it allocates no memory.
 
     Between tensors the vector has padding (zeros) up to the next cache line.
+
+    Args:
+        specs: The specs of the tensors, in their order within the vector.
     """
 
     def __init__(self, specs: Sequence[TensorSpec]) -> None:
@@ -82,20 +91,20 @@ class ParameterLayout:
         end = 0
         for spec in self.specs:
             self.offsets[spec.name] = end
-            end += round_up(4 * spec.size) // 4  # by float32, so that layouts of all types agree
+            end += round_up(4 * spec.size) // 4  # counted in float32, so that layouts of all types agree
         self.size = end
 
     @property
     def count(self) -> int:
-        """Number of parameters, padding not counted."""
+        """Return the number of parameters without the padding."""
         return sum(spec.size for spec in self.specs)
 
     def decay_ranges(self) -> Iterator[tuple[int, int, bool]]:
-        """(start, stop, decay) of maximal runs of tensors that agree on ``decay``, covering the vector."""
+        """Yield (start, stop, decay) of the maximal runs of tensors that agree on ``decay``; they cover the vector."""
         return self.runs(lambda spec: spec.decay)
 
     def runs(self, of: Callable[[TensorSpec], bool]) -> Iterator[tuple[int, int, bool]]:
-        """(start, stop, whether) of maximal runs of tensors that agree on what ``of`` says, covering the vector."""
+        """Yield (start, stop, value) of the maximal runs of tensors with one value of ``of``; they cover the vector."""
         bounds = [self.offsets[spec.name] for spec in self.specs] + [self.size]
         for whether, run in groupby(range(len(self.specs)), lambda index: of(self.specs[index])):
             indices = list(run)
@@ -103,13 +112,17 @@ class ParameterLayout:
 
 
 class ParameterBuffer(ParameterLayout):
-    """A flat vector and its named views; or two, of which one is read while the other is written (slots).
+    """A flat vector of parameters with named views into it; or two (slots), one of which is read while the other is
+    written.
 
     Args:
-        specs: the tensors, in their order within the vector.
-        dtype: element type (float32 in training, float64 in gradient checks).
+        specs: The specs of the tensors, in their order within the vector.
+        dtype: The element type: float32 in training, float64 in gradient checks.
         storage: One or two 1-D arrays of :attr:`size` elements to use instead of new memory.
-        symmetry: The order of the rows that belong to tokens; by default token ids modulo an order of 1.
+        symmetry: The order of the rows that belong to tokens; by default it is that of the token ids.
+
+    Raises:
+        ValueError: An array of ``storage`` has another shape or element type.
     """
 
     def __init__(
@@ -130,33 +143,33 @@ class ParameterBuffer(ParameterLayout):
         self.tensors_of = [self.views(vector) for vector in self.slots]
         """The named views into each slot."""
         self.slot = 0
-        """The slot in use."""
+        """The number of the slot in use."""
 
     @property
     def vector(self) -> NDArray:
-        """The parameters."""
+        """Return the vector of the parameters in use."""
         return self.slots[self.slot]
 
     @property
     def tensors(self) -> dict[str, NDArray]:
-        """Named views into them. After a flip they are others."""
+        """Return the named views into the vector in use; after :meth:`flip` they are others."""
         return self.tensors_of[self.slot]
 
     @property
     def next(self) -> NDArray:
-        """Where an update is written to: the other slot, or the parameters themselves where there is but one."""
+        """Return the vector to which an update is written: the other slot, or the only one where there is one slot."""
         return self.slots[-1 - self.slot]
 
     def flip(self) -> None:
-        """Make what was written the parameters, whole; where there is but one slot, they are already."""
+        """Make the slot that was written the one in use; with one slot nothing changes."""
         self.slot = len(self.slots) - 1 - self.slot
 
     def views(self, vector: NDArray) -> dict[str, NDArray]:
-        """Named views into another vector of this layout (gradients, moments)."""
+        """Return named views into another vector of this layout, such as gradients or moments."""
         return {spec.name: self.view(vector, spec) for spec in self.specs}
 
     def view(self, vector: NDArray, spec: TensorSpec) -> NDArray:
-        """One of :meth:`views`."""
+        """Return the view of one tensor into a vector of this layout."""
         offset = self.offsets[spec.name]
         return vector[offset : offset + spec.size].reshape(spec.shape)
 
@@ -164,16 +177,16 @@ class ParameterBuffer(ParameterLayout):
         return self.tensors[name]
 
     def new_vector(self) -> NDArray:
-        """A zeroed vector of this layout."""
+        """Return a new zeroed vector of this layout."""
         return aligned_zeros(self.size, self.dtype)
 
     @property
     def row_of_token(self) -> NDArray[np.int64]:
-        """(V,) row of each token id."""
+        """Return the (V,) row of each token id."""
         return self.symmetry.row_of_token
 
     def tensors_in_token_order(self, vector: NDArray) -> dict[str, NDArray]:
-        """Return copies of the tensors in a vector of this layout, rows of tokens in token order."""
+        """Return copies of the tensors in a vector of this layout; rows that belong to tokens are in token order."""
         rows = self.symmetry.row_of_token
         return {
             spec.name: self.view(vector, spec)[rows] if spec.symmetry_rows else self.view(vector, spec).copy()
@@ -189,15 +202,15 @@ class ParameterBuffer(ParameterLayout):
 
 
 def require_tensors(specs: Sequence[TensorSpec], tensors: Mapping[str, NDArray], source: str) -> None:
-    """Refuse tensors whose names or shapes are not those of ``specs``.
+    """Check that the names and shapes of tensors are those of ``specs``.
 
     Args:
-        specs: What is expected.
-        tensors: What was found.
-        source: Where, for the message.
+        specs: The specs of the tensors that are expected.
+        tensors: The tensors that were found.
+        source: The name of their source, for the message.
 
     Raises:
-        DamagedFile: It names the first tensors that do not fit.
+        DamagedFile: Names or shapes differ; the message names the first tensors that do not fit.
     """
     expected = {spec.name: spec.shape for spec in specs}
     found = {name: tensor.shape for name, tensor in tensors.items()}
@@ -207,7 +220,7 @@ def require_tensors(specs: Sequence[TensorSpec], tensors: Mapping[str, NDArray],
 
 
 class Lattice:
-    """The neighbours of each token among the symmetry classes, and what pulls their embeddings together.
+    """The lattice couples the embedding of each token to those of its neighbours among the symmetry classes.
 
     The token at position q of class r (in the order of the ids of its class) has as neighbours the tokens at position q
     of every other class, its shell, and its partner, the token at position q XOR 1 of its own class, where they exist.
@@ -227,9 +240,9 @@ class Lattice:
         self.bounds = np.ascontiguousarray(class_bounds, np.int64)
         sizes = np.diff(class_bounds)
         self.deepest = int(sizes.max(initial=0))
-        shell = (sizes[:, None] > np.arange(self.deepest)).sum(axis=0)  # (Q,) classes that have a place q
+        shell = (sizes[:, None] > np.arange(self.deepest)).sum(axis=0)  # (Q,) the number of classes with a position q
         self._factors: list[NDArray[np.float32]] = []
-        """For each class (n, 1): k + 1."""
+        """The (n, 1) factors k + 1 of the rows of each class."""
         for size in sizes:
             place = np.arange(size)
             neighbours = shell[:size] - 1 + ((place ^ 1) < size)
@@ -242,9 +255,16 @@ class Lattice:
         coupling: float,
         classes: Collection[int] | None = None,
     ) -> NDArray[np.float64]:
-        """Add the gradient of the rows of ``classes`` (all by default) to ``out`` (V, C). O(V C).
+        """Add the gradient of the rows of some classes to ``out``, in time O(V C).
 
-        Returns (S,) the share of each of these classes in the loss, for the (V, C) ``table``.
+        Args:
+            out: (V, C) The gradient of the table.
+            table: (V, C) The table of embeddings.
+            coupling: The strength of the coupling.
+            classes: The numbers of the classes; by default all.
+
+        Returns:
+            (S,) The share of each of these classes in the loss.
         """
         chosen = range(len(self._factors)) if classes is None else classes
         return pull_together(out, table, self.bounds, self._factors, coupling, chosen)

@@ -1,8 +1,8 @@
-"""The buffers of a micro-batch: activations that the backward pass needs, and scratch.
+"""This module holds the buffers of a micro-batch: activations that the backward pass needs, and scratch memory.
 
 They are allocated once, at the first batch, or lie in memory that several ranks use one after the other.
 
-Sizes in comments as in :mod:`hiermpi.model.gpt2`.
+Comments use the sizes of :mod:`hiermpi.model.gpt2`.
 """
 
 import numpy as np
@@ -14,16 +14,19 @@ from hiermpi.kernels.layers import padded
 from hiermpi.kernels.memory import aligned_empty, round_up
 
 LOGITS_BUFFER_ELEMENTS = 1 << 20
-"""Logits are computed for as many rows at a time as fit in this many elements."""
+"""The most elements of the buffer of logits, which are computed for as many rows at a time as fit in it."""
 
 
 def workspace_shapes(config: ModelConfig, sequences: int) -> dict[str, tuple[int, ...]]:
-    """The float buffers that a micro-batch of ``sequences`` needs; (layers, ...) where the backward pass needs them."""
+    """Return the shapes of the float buffers that a micro-batch of ``sequences`` needs.
+
+    Buffers that the backward pass needs have the shape (layers, ...), one part for each layer.
+    """
     length, width, layers, heads = config.context_length, config.n_embd, config.n_layer, config.n_head
     rows = sequences * length
     logits_rows = max(1, min(rows, LOGITS_BUFFER_ELEMENTS // max(config.vocab_size, 1)))
     return {
-        "x": (layers + 1, rows, width),  # input of each block, and of the last norm
+        "x": (layers + 1, rows, width),  # the input of each block, and of the last norm
         "middle": (layers, rows, width),
         "norm1": (layers + 1, rows, width),
         "norm2": (layers, rows, width),
@@ -33,7 +36,7 @@ def workspace_shapes(config: ModelConfig, sequences: int) -> dict[str, tuple[int
         "p": (layers, sequences, heads, padded(length), padded(length)),
         "heads": (layers, rows, width),
         "active": (layers, rows, 4 * width),
-        "slope": (layers, rows, 4 * width),  # of GELU, where it was applied
+        "slope": (layers, rows, 4 * width),  # the slope of GELU where it was applied
         "branch": (rows, width),
         "wide": (rows, 4 * width),
         "dx": (rows, width),
@@ -44,7 +47,13 @@ def workspace_shapes(config: ModelConfig, sequences: int) -> dict[str, tuple[int
 
 
 def scratch_elements(config: ModelConfig, rows: int, logits_rows: int) -> int:
-    """What compiled kernels need at most: a panel and a packed matrix of a product, or a head of attention."""
+    """Return the elements that compiled kernels need: a panel and a packed matrix of a product, or a head of attention.
+
+    Args:
+        config: The settings, with the vocabulary size resolved.
+        rows: The rows of a micro-batch.
+        logits_rows: The rows for which logits are computed at once.
+    """
     widest, head = 4 * config.n_embd, config.n_embd // config.n_head
     return max(
         product_scratch(rows, widest),
@@ -55,19 +64,19 @@ def scratch_elements(config: ModelConfig, rows: int, logits_rows: int) -> int:
 
 
 def activation_bytes(config: ModelConfig, sequences: int) -> int:
-    """Return the bytes of the buffers of a leaf that computes so many sequences at once."""
+    """Return the bytes of the buffers with which a leaf computes ``sequences`` sequences at once."""
     shapes = workspace_shapes(config, sequences)
     return 4 * sum(int(np.prod(shape)) for shape in shapes.values())
 
 
 class Workspace:
-    """Buffers for micro-batches of any size up to some number of sequences.
+    """The buffers for micro-batches of any size up to some number of sequences.
 
     Args:
-        config: with the vocabulary size resolved.
-        dtype: of the elements.
-        memory: zeroed, :meth:`elements` of them for ``sequences``; None allocates what batches need.
-        sequences: for which there is ``memory``.
+        config: The settings, with the vocabulary size resolved.
+        dtype: The element type.
+        memory: Zeroed memory of :meth:`elements` for ``sequences``; with None, memory is allocated as batches need it.
+        sequences: The number of sequences for which there is ``memory``.
     """
 
     def __init__(
@@ -76,9 +85,10 @@ class Workspace:
         self.config = config
         self.dtype = np.dtype(dtype)
         self.buffers: dict[str, NDArray] = {}
-        """Views for the micro-batch in work."""
+        """The views into the buffers for the current micro-batch."""
         self._whole: dict[str, NDArray] = {}
-        """The buffers at their full size; empty until the first batch, so that who never computes pays nothing."""
+        """The buffers at their full size; there are none before the first batch, so a rank that never computes pays
+        nothing."""
         self._size = 0
         self._shape_in_use = (0, 0)
         if memory is not None:
@@ -86,11 +96,19 @@ class Workspace:
 
     @staticmethod
     def elements(config: ModelConfig, sequences: int) -> int:
-        """Elements of memory needed for so many sequences."""
+        """Return how many elements of memory a workspace for ``sequences`` sequences needs."""
         return sum(round_up(4 * int(np.prod(shape))) // 4 for shape in workspace_shapes(config, sequences).values())
 
     def reserve(self, sequences: int, length: int) -> dict[str, NDArray]:
-        """The buffers for a micro-batch of this size. Raises ValueError for more tokens than the model takes."""
+        """Return the buffers for a micro-batch of this size.
+
+        Args:
+            sequences: The number of sequences, B.
+            length: The tokens of each, T.
+
+        Raises:
+            ValueError: A sequence has more tokens than the model takes.
+        """
         if length > self.config.context_length:
             raise ValueError(f"{length} tokens do not fit model.context_length = {self.config.context_length}")
         if sequences > self._size:

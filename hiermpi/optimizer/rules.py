@@ -1,8 +1,9 @@
-"""What hiermpi asks of an optimizer rule, and the schedules of the learning rate.
+"""This module defines what hiermpi asks of an optimizer rule, and the schedules of the learning rate.
 
-A rule is pure arithmetic on vectors: it knows no rank, no file and no clock. It says which state it keeps; hiermpi puts
-that state where the parameters' owners are, saves it by its names, and hands the rule one piece after another. The
-division by the tokens and the clipping are one factor, ``hyper.scale``. A whole rule, Lion (Chen et al. 2023)::
+A rule is pure arithmetic on vectors: it knows no rank, no file and no clock. It names the state that it keeps; hiermpi
+allocates that state at the parameters' owners, saves it by its names, and calls the rule for one piece after another.
+The division by the tokens and the clipping are one factor, ``hyper.scale``. This is a complete rule, Lion (Chen et al.
+2023)::
 
     import numpy as np
 
@@ -21,7 +22,7 @@ division by the tokens and the clipping are one factor, ``hyper.scale``. A whole
 
     RULE = Lion()
 
-It is chosen with ``--optimizer.rule my_module:RULE``.
+The option ``--optimizer.rule my_module:RULE`` chooses it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -40,7 +41,7 @@ Vector = NDArray[np.float32]
 
 
 class Values(NamedTuple):
-    """A piece of the parameters and of the rule's state, all of one length."""
+    """A piece of the parameters with the same piece of each vector of the rule's state, all of one length."""
 
     parameters: Vector
     state: Mapping[str, Vector]
@@ -50,38 +51,41 @@ class Hyper(NamedTuple):
     """The numbers of one update."""
 
     count: int  # type: ignore[assignment]
-    """Updates applied, this one included: Adam's t."""
+    """The number of updates applied, this one included: Adam's t."""
     learning_rate: float
+    """The learning rate of this step."""
     scale: float
-    """The factor that makes the clipped mean gradient of the given gradient SUM."""
+    """The factor that turns the given gradient SUM into the clipped mean gradient."""
     weight_decay: float
-    """``optimizer.weight_decay`` where the piece decays, else 0."""
+    """The value of ``optimizer.weight_decay`` where the piece decays, else 0."""
     beta1: float
+    """The value of ``optimizer.beta1``."""
     beta2: float
+    """The value of ``optimizer.beta2``."""
     options: Mapping[str, Any]
-    """``optimizer.options``: settings of a rule of one's own."""
+    """The settings in ``optimizer.options``, for rules from outside the package."""
     shape: tuple[int, ...] | None
-    """The shape of the tensor, where the rule asked for whole tensors."""
+    """The shape of the tensor where the rule asked for whole tensors, else None."""
 
 
 class Rule(Protocol):
-    """A way to update parameters.
+    """A rule updates parameters.
 
-    Two methods are optional. ``needs_whole(spec) -> bool`` names the tensors (:class:`hiermpi.TensorSpec`) that one
-    owner must hold whole; such a tensor is a piece of its own, with ``hyper.shape``. ``rule_of(spec) -> Rule`` leaves
-    a tensor to another rule; the state named here then has the names of both.
+    Two methods are optional. ``needs_whole(spec) -> bool`` tells for which tensors (:class:`hiermpi.TensorSpec`) one
+    owner must hold the whole tensor; such a tensor is a piece of its own, with ``hyper.shape``. ``rule_of(spec) ->
+    Rule`` leaves a tensor to another rule; ``state`` must then have the names of both.
     """
 
     state: tuple[str, ...]
-    """The names of the rule's vectors: ``("m", "v")``, ``("momentum",)`` or ``()``. They begin as zeros."""
+    """The names of the rule's vectors, such as ``("m", "v")``, ``("momentum",)`` or ``()``; they begin as zeros."""
 
     def update(self, new: Values, old: Values, gradients: Vector, hyper: Hyper) -> None:
         """Write one piece of the parameters and of the state.
 
         Args:
-            new: What is written, every element of it; it may be the same memory as ``old``.
-            old: What is read.
-            gradients: The sum of the gradients over all tokens of the step; it must stay as it is.
+            new: The vectors to write, every element of them; they may be the same memory as ``old``.
+            old: The vectors to read.
+            gradients: The sum of the gradients over all tokens of the step, which must not be changed.
             hyper: The numbers of this update.
         """
 
@@ -94,7 +98,7 @@ def load_rule(choice: Any) -> Rule:
 
     Raises:
         UsageError: There is no such rule.
-        PluginError: It does not keep the contract.
+        PluginError: The rule breaks its contract.
     """
     rule = RULES.load(choice) if isinstance(choice, str) else choice
     name = RULES.described(choice)
@@ -147,30 +151,30 @@ def require_fit(rule: Rule, choice: Any, specs: Sequence[TensorSpec]) -> None:
 
 
 def needs_whole(rule: Rule, spec: TensorSpec) -> bool:
-    """Tell whether ``rule`` must have this tensor whole at one owner."""
+    """Tell whether ``rule`` needs this tensor whole at one owner."""
     asked = getattr(rule, "needs_whole", None)
     return bool(asked(spec)) if asked else False
 
 
 def rule_of(rule: Rule, spec: TensorSpec) -> Rule:
-    """Return the rule that updates this tensor: ``rule`` itself, or the one it leaves it to."""
+    """Return the rule that updates this tensor: ``rule`` itself, or the one to which it leaves the tensor."""
     asked = getattr(rule, "rule_of", None)
     return asked(spec) if asked else rule
 
 
 class Schedule(Protocol):
-    """The learning rate as a function of the step alone, so that a resume needs no state of it."""
+    """A schedule is the learning rate as a function of the step alone, so that a resume needs no state of it."""
 
     def __call__(
         self, step: int, *, learning_rate: float, min_learning_rate: float, warmup_steps: int, decay_steps: int
     ) -> float:
-        """Return the rate of the step that follows ``step`` finished ones.
+        """Return the learning rate of the step that follows ``step`` finished ones.
 
         Args:
-            step: The steps finished before; step 0 already has a rate above zero.
-            learning_rate: The peak.
+            step: The number of steps finished before; step 0 already has a rate above zero.
+            learning_rate: The highest rate.
             min_learning_rate: The rate after the decay.
-            warmup_steps: The steps of linear warm-up.
+            warmup_steps: The number of steps of linear warm-up.
             decay_steps: The step at which the decay ends, warm-up included.
         """
 
@@ -217,7 +221,10 @@ class OutsideSchedule:
 def cosine(
     step: int, *, learning_rate: float, min_learning_rate: float, warmup_steps: int, decay_steps: int
 ) -> float:
-    """Warm up linearly, then follow half a cosine to the minimum (Loshchilov, Hutter 2017; nanoGPT's form)."""
+    """Return a rate that warms up linearly, then falls along half a cosine to the minimum.
+
+    The formula is that of Loshchilov and Hutter 2017 in nanoGPT's form; :class:`Schedule` describes the arguments.
+    """
     if step < warmup_steps:
         return learning_rate * (step + 1) / (warmup_steps + 1)
     if step >= decay_steps:
@@ -229,7 +236,7 @@ def cosine(
 def linear(
     step: int, *, learning_rate: float, min_learning_rate: float, warmup_steps: int, decay_steps: int
 ) -> float:
-    """Warm up linearly, then fall in a line to the minimum."""
+    """Return a rate that warms up linearly, then falls linearly to the minimum; see :class:`Schedule`."""
     if step < warmup_steps:
         return learning_rate * (step + 1) / (warmup_steps + 1)
     if step >= decay_steps:
@@ -241,7 +248,7 @@ def linear(
 def constant(
     step: int, *, learning_rate: float, min_learning_rate: float, warmup_steps: int, decay_steps: int
 ) -> float:
-    """Warm up linearly, then stay."""
+    """Return a rate that warms up linearly, then stays at its peak; see :class:`Schedule`."""
     return learning_rate * (step + 1) / (warmup_steps + 1) if step < warmup_steps else learning_rate
 
 
@@ -249,10 +256,10 @@ EPSILON = 1e-8
 
 
 class AdamW:
-    """The rule.
+    """The rule AdamW (Loshchilov, Hutter 2019).
 
     Args:
-        kernels: What computes it; by default those of the environment at the time of the update.
+        kernels: The kernels that compute it; by default those of the environment at the time of the update.
     """
 
     state = ("m", "v")

@@ -1,13 +1,16 @@
-"""What is summed over the ranks: gradients as they are, or in fixed point, whose sums do not depend on the order.
+"""This module forms the vectors that are summed over the ranks: float32 gradients, or gradients in fixed point.
+
+Sums in fixed point do not depend on the order of their addends.
 
 In 64-bit fixed point a value x is kept as the integer nearest to x / UNIT (ties to even), and integers add up to the
-same bits in any order, on any number of ranks, under any MPI algorithm. Each addend is off by at most UNIT / 2 =
-2^-41, so a sum of n addends by n 2^-41: for values above about 1e-5 that is less than the rounding of float32 sums.
-Addends are refused from a bound on which keeps the sum of all of them inside 63 bits, so nothing ever wraps.
+same bits in any order, on any number of ranks, under any MPI algorithm. The error of each addend is at most UNIT / 2 =
+2^-41, and that of a sum of n addends at most n 2^-41: for values above about 1e-5 that is less than the rounding of
+float32 sums. Addends at or above a bound that keeps the sum of all of them inside 63 bits are refused, so no sum ever
+wraps.
 
-The alternatives: pre-rounded sums (Demmel and Nguyen, Parallel reproducible summation, 2015; ReproBLAS) keep the
-exponent range of floats but need two passes or several accumulators; a fixed binary tree over the addends (as KaMPIng's
-reproducible reduce) needs all addends of a subtree in one place. Fixed point is one pass and one MPI_SUM.
+There are alternatives. Pre-rounded sums (Demmel and Nguyen, Parallel reproducible summation, 2015; ReproBLAS) keep the
+exponent range of floats but need two passes or several accumulators. A fixed binary tree over the addends (as KaMPIng's
+reproducible reduce) needs all addends of a subtree on one rank. Fixed point needs one pass and one MPI_SUM.
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,14 +27,16 @@ from hiermpi.model.contract import micro_batch_sequences
 UNIT_EXPONENT = -40
 UNIT = 2.0**UNIT_EXPONENT
 LOSS_UNIT = 2.0**-24
-"""Of losses: multiples of it below 2^29 add up exactly in float64."""
+"""The unit of losses: multiples of it below 2^29 add up exactly in float64."""
 AUTOMATIC_UNIT_TOKENS = 512
+"""The most tokens of a unit where its size is chosen automatically."""
 FEWEST_UNITS = 16
-"""Of a batch, where the choice is automatic: so many leaves have work."""
+"""The number of units that a batch has at least where their size is chosen automatically, so that many leaves have
+work."""
 
 
 def unit_sequences(config: Config) -> int:
-    """Sequences of a unit: ``train.micro_batch_size``, or a choice that depends on nothing but the configuration."""
+    """Return the sequences of a unit: ``train.micro_batch_size``, or a choice by the configuration alone."""
     if config.train.micro_batch_size:
         return config.train.micro_batch_size
     by_tokens = AUTOMATIC_UNIT_TOKENS // config.model.context_length
@@ -39,13 +44,13 @@ def unit_sequences(config: Config) -> int:
 
 
 def sequences_at_once(config: Config) -> int:
-    """Return how many sequences a leaf computes at once: a micro-batch, or a unit where units are added up."""
+    """Return how many sequences a leaf computes at once: a micro-batch, or at most a unit where units are added up."""
     micro_batch = micro_batch_sequences(config.model, config.train.micro_batch_size)
     return min(unit_sequences(config), micro_batch) if config.hierarchy.reproducible else micro_batch
 
 
 def routed_together(config: Config) -> int:
-    """Sequences that are routed as one: a unit where ``hierarchy.reproducible``, else each by itself."""
+    """Return how many sequences are routed as one: those of a unit where ``hierarchy.reproducible``, else 1."""
     return unit_sequences(config) if config.hierarchy.reproducible else 1
 
 
@@ -55,45 +60,45 @@ def summed_type(config: Config) -> type[np.int64] | type[np.float32]:
 
 
 def largest_addend(n_units: int) -> float:
-    """Where addends end if ``n_units`` of them must fit into a sum."""
+    """Return the bound below which addends must be so that ``n_units`` of them fit into a sum."""
     return 2.0 ** (62 + UNIT_EXPONENT) / max(n_units, 1)
 
 
 def rounded_loss(loss: float) -> float:
-    """A loss as a multiple of :data:`LOSS_UNIT`; what is not finite stays so."""
+    """Return a loss rounded to a multiple of :data:`LOSS_UNIT`; a loss that is not finite is returned as it is."""
     return float(np.rint(loss / LOSS_UNIT) * LOSS_UNIT)
 
 
 class GradientSums(Protocol):
-    """A leaf's gradient sums, made unit by unit in float32 and summed over the ranks in a vector of their own kind."""
+    """A leaf's gradient sums, computed unit by unit in float32 and summed over the ranks in a vector of some type."""
 
     vector: NDArray
-    """What is summed over the ranks."""
+    """The vector that is summed over the ranks."""
     room: NDArray[np.float32]
-    """Where the gradient of a unit is written before it is added."""
+    """The memory to which the gradient of a unit is written before it is added."""
     unit: int
-    """Sequences of a unit; 0 where all of a leaf's are one."""
+    """The number of sequences of a unit; 0 where all sequences of a leaf are one unit."""
     looks_later: bool
-    """Whether :meth:`add` leaves it to the norm to find what is not finite, as the gradients stay as they are."""
+    """Whether :meth:`add` does not check that gradients are finite: they are kept, and the norm shows it later."""
 
     def add(self, fresh: bool) -> bool:
-        """Add the unit's gradient to the sums, or begin them with it; tell whether all of it was good."""
+        """Add the unit's gradient to the sums, or begin them with it where ``fresh``; tell whether it can be used."""
 
     def rounded(self, loss: float) -> float:
-        """Return a unit's loss as it is added up."""
+        """Return a unit's loss rounded as the sums need it."""
 
     def total(self, spans: Sequence[tuple[int, int, int]], summed: NDArray) -> NDArray[np.float32]:
         """Return the sum over the ranks in float32, at least in ``spans`` (start, stop, owner)."""
 
     def complaints(self, tensors: Mapping[str, NDArray[np.float32]]) -> list[str]:
-        """Name the tensors of the unit in work that are not finite, or too large for a sum."""
+        """Return the names of the current unit's tensors that are not finite, or too large for a sum."""
 
 
 class FloatSums:
-    """The gradients themselves, in float32: one unit, and no pass over them.
+    """Sums of the float32 gradients themselves: all sequences of a leaf are one unit, and no further pass is needed.
 
     Args:
-        vector: Where they are summed.
+        vector: The vector in which they are summed.
         stays: Whether the sum over the ranks leaves this rank's own gradient as it was.
     """
 
@@ -104,7 +109,7 @@ class FloatSums:
         self.looks_later = stays
 
     def add(self, fresh: bool) -> bool:
-        # What the sum overwrites is looked at now; else a norm that is not finite will tell, and then who it was.
+        # Gradients that the sum will overwrite are checked now. Others are checked when the norm is not finite.
         return self.looks_later or all_finite(self.vector)
 
     def rounded(self, loss: float) -> float:
@@ -118,12 +123,12 @@ class FloatSums:
 
 
 class FixedPointSums:
-    """The gradients of units, each as it would be on any other rank, added up in fixed point.
+    """Sums in fixed point of the gradients of units, each of which would be the same on any other rank.
 
     Args:
-        vector: Where they are summed, int64.
-        unit: Sequences of a unit.
-        n_units: Units of a whole batch.
+        vector: The int64 vector in which they are summed.
+        unit: The number of sequences of a unit.
+        n_units: The number of units of a whole batch.
     """
 
     looks_later = False
@@ -159,7 +164,7 @@ def make_sums(config: Config, vector: NDArray, stays: bool) -> GradientSums:
 
     Args:
         config: The resolved configuration.
-        vector: A vector of :func:`summed_type`, where it is summed over the ranks.
+        vector: The vector, of :func:`summed_type`, that is summed over the ranks.
         stays: Whether that sum leaves this rank's own vector as it was.
     """
     if not config.hierarchy.reproducible:
@@ -170,11 +175,11 @@ def make_sums(config: Config, vector: NDArray, stays: bool) -> GradientSums:
 
 def all_finite(vector: NDArray[np.float32]) -> bool:
     """Tell whether no element of ``vector`` is NaN or infinite."""
-    # One cheap pass: a sum is finite unless an element is not, or the sum overflows; only then look closely.
+    # One cheap pass is usually enough: a sum is finite unless an element is not, or the sum overflows.
     with np.errstate(over="ignore", invalid="ignore"):
         return bool(np.isfinite(vector.sum())) or bool(np.isfinite(vector).all())
 
 
 def differing(kinds: Sequence[str]) -> tuple[int, int] | None:
-    """Two ranks of different ``kinds`` (one per rank), the first such; None where all are alike."""
+    """Return the first two ranks whose ``kinds`` (one per rank) differ; None where all are alike."""
     return next(((0, rank) for rank, kind in enumerate(kinds) if kind != kinds[0]), None)

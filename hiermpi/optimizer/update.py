@@ -1,11 +1,11 @@
-"""One update of an owner's part of the parameters: norm, clipping and rule.
+"""This module applies one update to an owner's part of the parameters: norm, clipping and rule.
 
-The gradient norm does not depend on who holds which part of the vector: float64 sums of squares over fixed blocks of
-the canonical vector, added in the order of the blocks. Blocks never cross a tensor, nor a symmetry class of a token
-table, so the owner of a class or tensor always holds whole blocks.
+The gradient norm does not depend on which rank holds which part of the vector: it is made of float64 sums of squares
+over fixed blocks of the vector, added in the order of the blocks. Blocks never cross a tensor, nor a symmetry class of
+a token table, so the owner of a class or tensor always holds whole blocks.
 
 An update reads one slot of parameters and state and writes another, which :meth:`Optimizer.commit` and
-:meth:`hiermpi.model.parameters.ParameterBuffer.flip` then put in its place. Until then it can be done again, or left.
+:meth:`hiermpi.model.parameters.ParameterBuffer.flip` then put into use. Until then it can be repeated or dropped.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,19 +28,19 @@ from hiermpi.model.parameters import Lattice, ParameterBuffer, ParameterLayout
 from hiermpi.optimizer.rules import Hyper, Rule, Schedule, Values, needs_whole, rule_of
 
 LARGEST_BLOCK = 4096
-"""Elements of a block of the norm: small enough that owners' shares, which are whole blocks, come out even."""
+"""The most elements of a block of the norm: small enough that owners' shares, which are whole blocks, are even."""
 
 
 def norm_blocks(
     layout: ParameterLayout, class_bounds: NDArray[np.int64] | None = None
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return (n + 1,) bounds of the blocks, which cover the vector with its padding, and (n,) their symmetry classes.
+    """Return the (n + 1,) bounds of the blocks, which cover the vector with its padding, and their (n,) classes.
 
-    The class is -1 where a block is not of a token table.
+    The symmetry class of a block is -1 where it does not belong to a token table.
 
     Args:
         layout: The layout of the vector.
-        class_bounds: (S + 1,) rows at which the symmetry classes begin, and V.
+        class_bounds: (S + 1,) The rows at which the symmetry classes begin, and V.
     """
     starts: list[int] = []
     classes: list[int] = []
@@ -59,13 +59,13 @@ def norm_blocks(
 def ownership_of(
     config: Config, topology: Topology, layout: ParameterLayout, class_bounds: NDArray[np.int64], rule: Rule
 ) -> Ownership:
-    """Deal the vector out to its owners, under ``optimizer.placement`` and as the rule needs it.
+    """Assign the blocks of the vector to owners, by ``optimizer.placement`` and the needs of the rule.
 
     Args:
         config: The resolved configuration.
-        topology: The ranks.
+        topology: The topology of the ranks.
         layout: The layout of the vector.
-        class_bounds: (S + 1,) rows at which the symmetry classes begin, and V.
+        class_bounds: (S + 1,) The rows at which the symmetry classes begin, and V.
         rule: The rule of the run.
     """
     bounds, classes = norm_blocks(layout, class_bounds)
@@ -78,33 +78,34 @@ def ownership_of(
 
 
 def total_norm(sums: NDArray[np.float64]) -> float:
-    """Return the norm from the blocks' sums of squares; not finite where any of them is not."""
+    """Return the norm for the blocks' (n,) sums of squares; it is NaN where any of them is not finite."""
     if not np.isfinite(sums).all():
         return float("nan")
     return sqrt(fsum(sums))
 
 
 def clip_scale(norm: float, limit: float) -> float:
-    """Return the factor that brings a gradient of this norm to at most ``limit`` (0: never clips)."""
+    """Return the factor that brings a gradient of this norm to at most ``limit``; with a limit of 0 it is 1."""
     return limit / norm if limit and norm > limit else 1.0
 
 
 def slots_of(config: Config) -> int:
     """Return how many slots parameters and state have.
 
-    Two where the death of a rank must not leave half-updated ones, as the others go on without it; else one.
+    There are two where the other ranks go on after the death of a rank, which must not leave half-updated parameters
+    behind; else there is one.
     """
     return 2 if config.run.on_failure == "shrink" else 1
 
 
 @dataclass(frozen=True)
 class OptimizerSettings:
-    """What an update needs to know besides the arrays."""
+    """The settings of an update."""
 
     config: OptimizerConfig
     grad_clip: float
     steps: int
-    """Steps of the whole run: the end of the decay where ``decay_steps`` is 0."""
+    """The number of steps of the whole run: the end of the decay where ``decay_steps`` is 0."""
     schedule: Schedule
 
     def learning_rate(self, step: int) -> float:
@@ -136,7 +137,7 @@ class WatchedHyper(Hyper):
 
 
 class Piece(NamedTuple):
-    """What a rule updates at once: a run of elements that it treats alike, or a whole tensor."""
+    """A part of the vector that a rule updates at once: a run of elements that it treats alike, or a whole tensor."""
 
     start: int
     stop: int
@@ -146,12 +147,12 @@ class Piece(NamedTuple):
 
 
 def pieces_of(layout: ParameterLayout, rule: Rule, spans: Sequence[tuple[int, int]]) -> list[Piece]:
-    """Cut an owner's spans of the vector into pieces, as few as its rules allow.
+    """Return an owner's spans of the vector cut into pieces, as few as its rules allow.
 
     Args:
         layout: The layout of the vector.
         rule: The rule of the run.
-        spans: (start, stop) of what is owned, in order.
+        spans: The bounds (start, stop) of what is owned, in order.
     """
     pieces: list[Piece] = []
     bounds = [layout.offsets[spec.name] for spec in layout.specs] + [layout.size]
@@ -173,20 +174,20 @@ def pieces_of(layout: ParameterLayout, rule: Rule, spans: Sequence[tuple[int, in
 
 
 class Optimizer:
-    """Owns the state of a part of ``parameters`` and applies updates to that part.
+    """The optimizer of one owner: it keeps the state of a part of ``parameters`` and applies updates to that part.
 
     Args:
-        parameters: Updated, in place where they have one slot.
-        settings: The numbers of the updates.
-        state_slots: Zeroed slots of the rule's state, as many as the parameters have, each a vector of the whole length
-            by name; of them only the parts that are owned are written.
+        parameters: The parameters to update, in place where they have one slot.
+        settings: The settings of the updates.
+        state_slots: The zeroed slots of the rule's state, as many as the parameters have, each with a vector of the
+            whole length for each name; only the parts that are owned are written.
         ownership: The owners of the vector.
         owner: The number of the owner; the root has an optimizer even where it owns nothing.
         rule: The rule of the run.
-        class_bounds: (S + 1,) row offsets of the symmetry classes, for the lattice.
-        kernels: By default the environment's.
-        coupling: The coupling of the token table's rows to their neighbours in the lattice.
-        name: What the user calls a rule from outside the package; else empty.
+        class_bounds: (S + 1,) The rows at which the symmetry classes begin, and V; the lattice needs them.
+        kernels: The kernels that compute; by default those of the environment.
+        coupling: The strength of the coupling of the token table's rows to their neighbours in the lattice.
+        name: The name that the user gave for a rule from outside the package; else empty.
     """
 
     def __init__(
@@ -213,7 +214,7 @@ class Optimizer:
         """The settings that a rule from outside has read."""
         self.coupling = coupling
         self.elements = sum(stop - start for start, stop, _ in self.spans)
-        """Elements of the vector that are owned."""
+        """The number of elements of the vector that are owned."""
         self._states = list(state_slots)
         self._slot = 0
         spans = [(start, stop) for start, stop, _ in self.spans]
@@ -228,25 +229,25 @@ class Optimizer:
         self._bounds = np.stack([ownership.bounds[self._own], ownership.bounds[self._own + 1]], axis=1)
         self._classes = {int(index) for index in ownership.classes[self._own] if index >= 0}
         self.rows = 0 if class_bounds is None else sum(int(np.diff(class_bounds)[index]) for index in self._classes)
-        """Rows of the token table that are owned."""
+        """The number of rows of the token table that are owned."""
         self._first_of_class = {index: int(np.argmax(ownership.classes == index)) for index in self._classes}
         self._findings = np.zeros((2 if self._lattice else 1, len(ownership.owners)))
         self._sums = np.zeros(len(self._own))
 
     @property
     def state(self) -> Mapping[str, NDArray[np.float32]]:
-        """The state in use, each vector of the whole length by its name."""
+        """Return the vectors of the state in use by name; each has the whole length."""
         return self._states[self._slot]
 
     def _with_kernels(self, piece: Piece) -> Piece:
-        """Let a rule that works with kernels use this optimizer's."""
+        """Return the piece with a rule that uses this optimizer's kernels, where the rule uses kernels at all."""
         bind = getattr(piece.rule, "with_kernels", None)
         return piece._replace(rule=bind(self.kernels)) if bind else piece
 
     def couple(self, gradients: NDArray[np.float32], n_tokens: int) -> NDArray[np.float64] | None:
-        """Add the lattice's gradient of the owned rows, ``n_tokens`` times, as sums are divided later.
+        """Add ``n_tokens`` times the lattice's gradient of the owned rows, as the sums are divided by it later.
 
-        Returns the (S,) shares of the owned classes in the lattice's loss; None where rows are not coupled.
+        It returns the (S,) shares of the owned classes in the lattice's loss; None where rows are not coupled.
         """
         if self._lattice is None or self._table is None or not n_tokens:
             return None
@@ -256,10 +257,10 @@ class Optimizer:
     def findings(
         self, gradients: NDArray[np.float32], lattice_losses: NDArray[np.float64] | None
     ) -> NDArray[np.float64]:
-        """Return what the owners must tell each other of their blocks, zero in the others': (1 or 2, blocks).
+        """Return the (1 or 2, blocks) numbers that owners exchange; they are zero for blocks of other owners.
 
-        Row 0 is the sum of squares of the gradient sums; row 1, where rows are coupled, the lattice's loss, at the
-        first block of a class.
+        Row 0 has the sum of squares of each block's gradient sums. Row 1, which is there where rows are coupled, has
+        the lattice's loss of each class at the first block of the class.
         """
         findings = self._findings
         findings[:] = 0.0
@@ -272,16 +273,19 @@ class Optimizer:
         return findings
 
     def update(self, gradients: NDArray[np.float32], n_tokens: int, norm: float, step: int) -> None:
-        """Divide the gradient sums once by the tokens, clip, and apply the rule to the owned part, into the next slots.
+        """Apply the rule to the owned part and write the result to the next slots.
+
+        The gradient sums are divided by the tokens and clipped in the same pass.
 
         Args:
             gradients: The sums over all tokens of the step.
             n_tokens: The number of those tokens.
-            norm: The norm of the mean gradient, finite.
-            step: The steps finished before this one.
+            norm: The norm of the mean gradient.
+            step: The number of steps finished before this one.
 
         Raises:
-            PluginError: A rule from outside raised an exception.
+            ValueError: The norm is not finite.
+            PluginError: A rule from outside raised an exception, or made parameters that are not finite.
         """
         if not isfinite(norm):
             raise ValueError(f"gradient norm is {norm}: such a step must be skipped")
@@ -328,23 +332,29 @@ class Optimizer:
                 raise PluginError(f"{name}: it made {what} that are not finite")
 
     def commit(self) -> None:
-        """Count the update, and make the state that it wrote the state."""
+        """Count the update, and put the state that it wrote into use."""
         self.updates += 1
         self._slot = len(self._states) - 1 - self._slot
 
 
 def values_of(piece: Piece, parameters: NDArray[np.float32], state: Mapping[str, NDArray[np.float32]]) -> Values:
-    """Return the views of a piece into vectors of the whole length; of the state what the piece's rule names."""
+    """Return the views of a piece into vectors of the whole length.
+
+    Args:
+        piece: The piece.
+        parameters: The vector of the parameters.
+        state: The vectors of the state by name; those that the piece's rule names are taken.
+    """
     part = slice(piece.start, piece.stop)
     return Values(parameters[part], {name: state[name][part] for name in piece.rule.state})
 
 
 def norm_and_lattice_loss(findings: NDArray[np.float64], n_tokens: int) -> tuple[float, float]:
-    """Return the L2 norm of the mean gradient (not finite where any element is not), and the lattice's loss.
+    """Return the L2 norm of the mean gradient (NaN where any element is not finite), and the lattice's loss.
 
     Args:
-        findings: Those of all owners, see :meth:`Optimizer.findings`.
-        n_tokens: The number of tokens of the step.
+        findings: The numbers of all owners, see :meth:`Optimizer.findings`.
+        n_tokens: The number of tokens of the step; without any the norm is NaN.
     """
     norm = total_norm(findings[0]) / n_tokens if n_tokens else float("nan")
     return norm, fsum(findings[1]) if len(findings) > 1 else 0.0
