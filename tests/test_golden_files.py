@@ -1,4 +1,4 @@
-"""Files of earlier versions: whole, told, evaluated, and continued to the same parameters. tests/golden/make.sh made them."""
+"""Files of earlier versions, made by tests/golden/make.sh: whole, told, evaluated, continued to the same parameters."""
 
 import json
 from pathlib import Path

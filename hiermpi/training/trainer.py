@@ -246,7 +246,8 @@ class Trainer:
     def _describe_bad(self, rows: NDArray[np.int32]) -> str:
         names = self.sums.complaints(self.model.parameters.views(self.sums.room)) or ["the loss"]
         ids, _ = unpack_records(rows)
-        return f"{_shorten(names)} in sequences {_shorten([str(i) for i in ids])}"
+        where = f"in sequences {_shorten([str(i) for i in ids])}" if len(ids) else "in no sequence"
+        return f"{_shorten(names)} {where}"
 
     def _report_skip(self, verdict: Verdict) -> None:
         """Log the leaves, tensors and sequences behind a skipped step. Collective over the world."""

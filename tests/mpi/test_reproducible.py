@@ -1,7 +1,9 @@
 """hierarchy.reproducible: the parameters' digest is that of one rank, whatever the ranks, the modes and the stops."""
 
 import itertools
+import logging
 import os
+import re
 
 import numpy as np
 import pytest
@@ -11,7 +13,9 @@ from mpi4py import MPI
 from hiermpi.communication.agreement import broadcast_object
 from hiermpi.communication.communicators import Communicators
 from hiermpi.communication.waiting import Waiter
+from hiermpi.config.schema import ModelConfig
 from hiermpi.errors import UserError
+from hiermpi.model.gpt2 import gpt2_specs
 from hiermpi.storage.checkpoint import parameters_digest
 from hiermpi.training import assembly
 from runs import TINY, last_checkpoint, losses, make_dataset, train_on
@@ -85,14 +89,39 @@ def test_same_bits_after_a_resume_on_other_ranks(world, shared_folder, alone):
     collective_assert(world, good)
 
 
-def test_a_bad_gradient_is_named_and_skipped_alike(world, shared_folder, alone, caplog):
+class Lines(logging.Handler):
+    """Keeps the lines of the log."""
+
+    def __init__(self):
+        super().__init__()
+        self.lines = []
+
+    def emit(self, record):
+        self.lines.append(record.getMessage())
+
+
+@pytest.fixture
+def lines():
+    handler = Lines()
+    logging.getLogger("hiermpi").addHandler(handler)
+    yield handler.lines
+    logging.getLogger("hiermpi").removeHandler(handler)
+
+
+@pytest.mark.parametrize("reduction", ["shared", "tree", "flat"])
+def test_a_bad_gradient_is_named_and_skipped_alike(world, shared_folder, alone, lines, reduction):
     data, _ = alone
     rank = world.size - 1
     fault = {"HIERMPI_FAULT": f"nan:rank={rank}:step=3:tensor=2"}
-    code = train_on(world, data, shared_folder / "bad", *OPTIONS, "--train.steps", "5", environment=fault)
+    options = (*OPTIONS, "--train.steps", "5", "--hierarchy.reduction", reduction)
+    code = train_on(world, data, shared_folder / "bad", *options, environment=fault)
     collective_assert(world, code == 0)
     if world.rank == 0:
         saved = last_checkpoint(shared_folder / "bad")
+        name = gpt2_specs(ModelConfig(vocab_size=256, n_layer=2))[2].name
+        told = [line for line in lines if "skipped" in line]
+        assert len(told) == 1, lines
+        assert re.search(rf"step 3\b.*\brank {rank}\b.*{re.escape(name)}.*(sequences \d+|no sequence)", told[0]), told
         assert (saved.skipped_steps, saved.adam_count) == (1, 4)
         assert all(np.isfinite(tensor).all() for tensor in saved.parameters.values())
 

@@ -1,6 +1,8 @@
 """Stop and go on: the same bits on the same ranks, the same model on any other number."""
 
 import signal
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -87,13 +89,41 @@ def test_by_signal_on_one_rank(world, folder, which):
     require_same_bits(world, run, folder / "whole")
 
 
-def test_by_stop_file_and_time_limit(world, folder):
+SLOWLY = {"HIERMPI_FAULT": ",".join(f"slow:step={step}:seconds=0.4:phase=batch" for step in range(4, 21))}
+
+
+def stop_and_go_on(world, folder, reason, printed, *options):
+    """Require that a slow run stops in the middle for ``reason``, and then goes on to the uninterrupted run's bits."""
     data, run = folder / "data.h5", folder / "cut"
-    slow = {"HIERMPI_FAULT": ",".join(f"slow:step={step}:seconds=0.3:phase=batch" for step in range(4, 11))}
-    code = train_on(world, data, run, *OPTIONS, "--run.time_limit", "1.5", environment=slow)
+    code = train_on(world, data, run, *OPTIONS, *options, environment=SLOWLY)
     collective_assert(world, code == EXIT_STOPPED, f"exit code {code}")
+    if world.rank == 0:
+        out = printed.readouterr()
+        assert reason in out.out + out.err
+        assert 3 <= last_checkpoint(run).step < 20
+        assert not RunFolder(run).is_done()
+        assert not (run / "STOP").exists()
+    Waiter().wait(world.Ibarrier())
     assert train_on(world, data, run, *OPTIONS) == 0
     require_same_bits(world, run, folder / "whole")
+
+
+def test_by_stop_file(world, folder, capfd):
+    """The file is made by somebody else while the run is at work."""
+    stop = folder / "cut" / "STOP"
+
+    def touch_when_it_runs():
+        while not (folder / "cut" / "metrics.jsonl").exists():
+            time.sleep(0.02)
+        stop.touch()
+
+    if world.rank == 0:
+        threading.Thread(target=touch_when_it_runs, daemon=True).start()
+    stop_and_go_on(world, folder, "the STOP file", capfd)
+
+
+def test_by_time_limit(world, folder, capfd):
+    stop_and_go_on(world, folder, "run.time_limit", capfd, "--run.time_limit", "1.5")
 
 
 def test_a_signal_during_evaluation(world, folder):
