@@ -20,7 +20,7 @@ OVERSUBSCRIBE := PRTE_MCA_rmaps_default_mapping_policy=:oversubscribe OMPI_MCA_r
 MPIRUN = env $(if $(shell [ $(1) -gt $$(nproc) ] && echo more),$(OVERSUBSCRIBE)) $(MPIEXEC) -n $(1)
 
 .DEFAULT_GOAL := help
-.PHONY: help install train test test-serial test-mpi test-smoke test-matrix test-slurm lint docs clean
+.PHONY: help install train test test-serial test-mpi test-smoke test-matrix test-slurm optional lint docs clean
 
 help: ## show this list
 	@grep -hE '^[a-z%-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -73,10 +73,16 @@ test-matrix: install ## every combination of ranks, routing, coordinators and re
 test-slurm: install ## the job scripts on a private SLURM of four emulated nodes; root may have it installed by apt
 	sh tests/slurm/run.sh $(BIN)/python
 
+# PyTorch is large: where it cannot be had, its tests are skipped and say so.
+optional: install ## the tests that need PyTorch and transformers, which are installed where they can be
+	@$(BIN)/python -c 'import torch, transformers' 2>/dev/null || timeout 900 $(BIN)/python -m pip install --quiet \
+	    --disable-pip-version-check --editable '.[torch]' 'transformers>=4.40' || echo "PyTorch cannot be installed here"
+	$(BIN)/python -m pytest -q -rs tests/plugins/test_torch.py tests/interchange -k "torch or transformers or ddp or same"
+
 lint: install ## ruff and mypy
 	@test -x $(BIN)/ruff -a -x $(BIN)/mypy || \
 	    $(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[lint]'
-	$(BIN)/ruff check hiermpi tests
+	$(BIN)/ruff check hiermpi tests examples docs
 	$(BIN)/mypy
 
 docs: install ## the documentation site, into build/docs; a warning is an error
