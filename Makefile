@@ -84,6 +84,7 @@ lint: install ## ruff and mypy
 	    $(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[lint]'
 	$(BIN)/ruff check hiermpi tests examples docs
 	$(BIN)/mypy
+	MYPYPATH=tests:examples $(BIN)/mypy --allow-untyped-defs --explicit-package-bases tests/[!t]*.py examples/*.py
 
 docs: install ## the documentation site, into build/docs; a warning is an error
 	@$(BIN)/python -c 'import sphinx, myst_parser, furo' 2>/dev/null || \

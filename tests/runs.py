@@ -46,7 +46,9 @@ def losses(run):
 
 def last_checkpoint(run):
     """The newest checkpoint of a run."""
-    _, checkpoint = RunFolder(run).checkpoints.newest_valid()
+    found = RunFolder(run).checkpoints.newest_valid()
+    assert found is not None, f"{run} holds no checkpoint"
+    _, checkpoint = found
     return checkpoint
 
 
