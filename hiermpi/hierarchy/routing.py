@@ -1,7 +1,8 @@
 """This module routes sequences: it decides which leaf computes which sequence of a batch.
 
-Routing decides which rank computes a result, never what the result is. The affinity of a sequence to a group is the number of its tokens
-in the group's symmetry classes. Each group of ranks is a bin, and the root, which is in no group, is one more.
+Routing decides which rank computes a result, never what the result is. The affinity of a sequence to a group is the
+number of its tokens in the group's symmetry classes. Each group of ranks is a bin, and the root, which is in no group,
+is one more.
 
 - :func:`dominant` chooses the group with the most tokens in the sequence. With real text nearly all sequences then go
   to few groups.

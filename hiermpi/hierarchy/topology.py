@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 IDLE = 0.1
-"""The share of the cores' time that may be idle while the last ranks compute: compute slots on fixed cores save more."""
+"""The share of the cores' time that may be idle while the last ranks compute: slots on fixed cores save more."""
 
 
 class Role(StrEnum):
