@@ -103,7 +103,7 @@ def _balance_compiled(
 
 
 def _solve(affinity: NDArray[np.integer], capacity: Integers) -> "_Assignment":
-    """Return the best assignment of one unit or more; the arguments are those of :func:`assign`, no capacity above n."""
+    """Return the best assignment of one unit or more; arguments are as in :func:`assign`, no capacity above n."""
     n, bins = affinity.shape
     prices = np.zeros(bins, np.int64)
     size = n // SAMPLING
@@ -221,7 +221,7 @@ class _Assignment:
         self.loss[bin_] = np.minimum(loss, 0) if self.idle[bin_] else loss
 
     def _shortest_paths(self, distance: Integers) -> tuple[Integers, NDArray[np.intp]]:
-        """Return each bin's (bins,) distance, beginning with ``distance``, and the bin before it or -1 (Bellman-Ford)."""
+        """Return each bin's (bins,) distance, at most ``distance``, and the bin before it or -1 (Bellman-Ford)."""
         previous = np.full(len(distance), -1)
         while True:
             through = distance[:, None] + self.loss

@@ -60,7 +60,7 @@ def count_groups(
         arrays = (counts, tokens, group_of_token)
         loops.count_groups(*map(address_of, arrays), n, tokens.shape[1], tokens.strides[0] // 4, bins)
         return counts
-    cell = bins * np.arange(n)[:, None] + group_of_token[tokens]  # the cells of padding are wrong here and removed below
+    cell = bins * np.arange(n)[:, None] + group_of_token[tokens]  # padding's cells are removed below
     present = tokens >= 0
     counted = cell.reshape(-1) if present.all() else cell[present]
     return np.bincount(counted, minlength=n * bins).astype(np.int32).reshape(n, bins)

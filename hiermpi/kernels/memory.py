@@ -45,8 +45,8 @@ def plain_float32(*arrays: NDArray[Any]) -> bool:
 def data_field() -> int:
     """Return the byte offset in an array object at which numpy keeps the data's address; 0 where it is not known.
 
-    Reading the address there is six times faster than asking the array. In CPython the address of an object is its id, and behind the header that all objects have, numpy's
-    PyArrayObject_fields begins with ``char *data``.
+    Reading the address there is six times faster than asking the array. In CPython the address of an object is its id,
+    and behind the header that all objects have, numpy's PyArrayObject_fields begins with ``char *data``.
     """
     if sys.implementation.name != "cpython":
         return 0
