@@ -442,7 +442,7 @@ class ReferenceKernels:
         out[:] = sums.astype(np.float64) * unit
 
     def multiply_adds(self, flops: float) -> None:
-        """Do about ``flops`` floating-point operations on registers alone; numpy has none, so this form does nothing."""
+        """Do about ``flops`` floating-point operations on registers alone, which numpy cannot: this form does nothing."""
 
     def _heads(self, qkv: Array, shape: Sequence[int]) -> tuple[Array, Array, Array]:
         """Return q, k and v as (B, H, T, D) views of qkv (N, 3C)."""
@@ -462,8 +462,8 @@ def threshold_of(rate: float) -> int:
 def splitmix64(state: int) -> int:
     """Return 64 well-mixed bits of a 64-bit state by one step of splitmix64.
 
-    The constants are those of Steele, Lea and Flood, Fast splittable pseudorandom number generators (2014), in the
-    mix that splitmix64 uses.
+    The generator is that of Steele, Lea and Flood, Fast splittable pseudorandom number generators (2014); the
+    multipliers are those of variant 13 of Stafford's mixes, which splitmix64 uses.
     """
     z = (state + 0x9E3779B97F4A7C15) & _MASK
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
