@@ -1,6 +1,6 @@
-/* This file lets the processes of a node wait on words of shared memory: gates whose waiters sleep in the kernel (futex(2))
- * until the last member has arrived, a queue for compute slots, mailboxes, and records sorted by their rank. On other
- * systems than Linux, and where there is no compiler, gates.py polls. */
+/* This file lets the processes of a node wait on words of shared memory: gates whose waiters sleep in the kernel
+ * (futex(2)) until the last member has arrived, a queue for compute slots, mailboxes, and records sorted by their rank.
+ * On other systems than Linux, and where there is no compiler, gates.py polls. */
 
 #include <stdatomic.h>
 #include <stdint.h>
@@ -42,9 +42,9 @@ static int64_t nanoseconds(clockid_t clock) {
     return now.tv_sec * 1000000000L + now.tv_nsec;
 }
 
-/* The last rank to arrive wakes a few of those that sleep for the round, and each of these wakes a few more: else the last
- * rank would spend the time of waking all. Ranks that already sleep for the next round are not woken, as each round has its
- * own bit. */
+/* The last rank to arrive wakes a few of those that sleep for the round, and each of these wakes a few more: else the
+ * last rank would spend the time of waking all. Ranks that already sleep for the next round are not woken, as each
+ * round has its own bit. */
 enum { WOKEN = 4 };
 
 static uint32_t bit(const struct gate *gate) { return (uint32_t)1 << gate->round % 32; }
@@ -86,8 +86,8 @@ static void sleep_until_there(struct gate *gate) {
     }
 }
 
-/* Tell whether all members have arrived for this rank's round: at once, after polling, or after sleeping until they have
- * arrived, a signal has come or the time is over. */
+/* Tell whether all members have arrived for this rank's round: at once, after polling, or after sleeping until they
+ * have arrived, a signal has come or the time is over. */
 int passed(struct gate *gate, struct account *account) {
     if (there(gate)) return 1;
     const int64_t start = nanoseconds(CLOCK_MONOTONIC), cpu = nanoseconds(CLOCK_THREAD_CPUTIME_ID);
@@ -100,8 +100,8 @@ int passed(struct gate *gate, struct account *account) {
 }
 
 /* The queue gives compute slots in the order of asking. Its memory has, each in its own cache line, the number of turns
- * asked for, the number of turns that have ended, `size` words, and `at_once` flags, one for each slot. Turn number n may
- * begin when word n % size is n + 1 or more; no rank asks for two turns, so a word serves one turn at a time. */
+ * asked for, the number of turns that have ended, `size` words, and `at_once` flags, one for each slot. Turn number n
+ * may begin when word n % size is n + 1 or more; no rank asks for two turns, so a word serves one turn at a time. */
 enum { LINE = 64 };
 
 static _Atomic uint32_t *line(char *turns, uint32_t number) { return (_Atomic uint32_t *)(turns + LINE * number); }
@@ -117,7 +117,7 @@ void ask_turn(struct gate *gate, char *turns, uint32_t size) {
 /* Return a slot that no other rank has when the turn has come, else -1. */
 long begin_turn(struct gate *gate, struct account *account, char *turns, uint32_t size, uint32_t at_once) {
     if (!passed(gate, account)) return -1;
-    for (uint32_t place = 0;; place = (place + 1) % at_once) { /* there are as many slots as turns, so one is free or will be at once */
+    for (uint32_t place = 0;; place = (place + 1) % at_once) { /* a slot is free, or will be at once */
         uint32_t taken = 0;
         if (atomic_compare_exchange_strong(line(turns, 2 + size + place), &taken, 1)) return place;
     }
@@ -165,8 +165,8 @@ int offer(struct gate *gate, struct account *account, double *box, const double 
     return 1;
 }
 
-/* When all have arrived, write the (count,) sums over the mailboxes of all ranks, in their order; a mailbox has `stride`
- * doubles. */
+/* When all have arrived, write the (count,) sums over the mailboxes of all ranks, in their order; a mailbox has
+ * `stride` doubles. */
 int collect(struct gate *gate, struct account *account, double *sums, const double *boxes, long size, long count,
             long stride) {
     if (!passed(gate, account)) return 0;

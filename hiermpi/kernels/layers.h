@@ -1,12 +1,12 @@
 /* These are the kernels, compiled once per instruction set: plain.c, avx2.c and so on include this file, each with its
  * own sizes.
  *
- * All arithmetic on rows goes through vectors of W floats, the tail of a row included (padded with zeros in a register),
- * so the result of an element never depends on where in a row or slice it stands. The code is compiled without
- * -ffast-math, so that a NaN or an infinity in the input reaches the output.
+ * All arithmetic on rows goes through vectors of W floats, the tail of a row included (padded with zeros in a
+ * register), so the result of an element never depends on where in a row or slice it stands. The code is compiled
+ * without -ffast-math, so that a NaN or an infinity in the input reaches the output.
  *
- * The shapes are B sequences of T tokens, N = B * T rows, C channels, H heads of size D = C / H, and V rows of the token
- * table. All arrays are C-contiguous. layers.py is the specification.
+ * The shapes are B sequences of T tokens, N = B * T rows, C channels, H heads of size D = C / H, and V rows of the
+ * token table. All arrays are C-contiguous. layers.py is the specification.
  */
 
 INLINE VEC NAME(load)(const float *p) { return *(const VECU *)p; }
@@ -200,8 +200,8 @@ void NAME(residual_norm_forward)(float *sum, float *out, float *mean, float *rst
     }
 }
 
-/* Add the gradients of layer norm to dx, dweight and dbias; with `fresh`, dx is written instead. Unless dbranch is NULL,
- * the column sums of the new dx are added to it: the bias gradient of the branch whose output is added to x. */
+/* Add the gradients of layer norm to dx, dweight and dbias; with `fresh`, dx is written instead. Unless dbranch is
+ * NULL, the column sums of the new dx are added to it: the bias gradient of the branch whose output is added to x. */
 void NAME(norm_backward)(float *dx, float *dweight, float *dbias, float *dbranch, const float *dout, const float *x,
                          const float *mean, const float *rstd, const float *weight, long N, long C, long fresh) {
     const long full = C & ~(W - 1L), rest = C - full;
@@ -315,7 +315,8 @@ INLINE void NAME(stripe)(float *c, long ldc, const float *a, long ars, long aks,
     for (; j < width; j += W) NAME(tile)(c + j, ldc, a, ars, aks, b + j, ldb, k0, k1, 1);
 }
 
-/* Copy D columns of T rows, with a bias added and multiplied by a factor, into Tp rows of stride Dp, with zeros beyond. */
+/* Copy D columns of T rows, with a bias added and multiplied by a factor, into Tp rows of stride Dp, with zeros beyond.
+ * */
 INLINE void NAME(pack)(float *out, const float *in, long stride, const float *bias, float factor, long T, long Tp,
                        long D, long Dp) {
     const long full = D & ~(W - 1L), rest = D - full;
@@ -383,8 +384,8 @@ INLINE void NAME(softmax_row)(float *s, long i, long end) {
     for (long j = last + W; j < end; j += W) NAME(store)(s + j, (VEC){0});
 }
 
-/* Compute out = row r of the probabilities of head h with dropout, up to `end`. Column j is element (h * T + r) * T + j of
- * the sequence. */
+/* Compute out = row r of the probabilities of head h with dropout, up to `end`. Column j is element (h * T + r) * T + j
+ * of the sequence. */
 INLINE void NAME(drop_row)(float *out, const float *in, long end, long T, long h, long r, uint64_t key,
                            uint32_t threshold, float factor) {
     const uint32_t first = (uint32_t)((h * T + r) * T);
@@ -402,9 +403,9 @@ INLINE void NAME(fetch_rows)(const float *in, long stride, long t, long T, long 
                 __builtin_prefetch(in + i * stride + j, 0, 2);
 }
 
-/* Compute causal attention. qkv[N,3C] is the product without its bias; p[B,H,Tp,Tp] keeps the probabilities (before dropout),
- * Tp = T rounded up to 16; scratch holds 4 * Tp * Dp + Tp * Tp floats, Dp = D rounded up to 16. keys[B] and a threshold
- * above 0 drop probabilities. */
+/* Compute causal attention. qkv[N,3C] is the product without its bias; p[B,H,Tp,Tp] keeps the probabilities (before
+ * dropout), Tp = T rounded up to 16; scratch holds 4 * Tp * Dp + Tp * Tp floats, Dp = D rounded up to 16. keys[B] and a
+ * threshold above 0 drop probabilities. */
 void NAME(attention_forward)(float *out, float *p, const float *qkv, const float *bias, float *scratch, long B, long T,
                              long H, long D, const uint64_t *keys, uint32_t threshold, float factor) {
     const long C = H * D, Tp = (T + 15) & ~15L, Dp = (D + 15) & ~15L;
@@ -440,8 +441,8 @@ void NAME(attention_forward)(float *out, float *p, const float *qkv, const float
         }
 }
 
-/* Compute dqkv[N,3C], and add to dbias, from dout[N,C] and what the forward pass kept. Nothing is added for the key bias:
- * a constant per row does not change the softmax. scratch holds 8 * Tp * Dp + 2 * Tp * Tp floats. */
+/* Compute dqkv[N,3C], and add to dbias, from dout[N,C] and what the forward pass kept. Nothing is added for the key
+ * bias: a constant per row does not change the softmax. scratch holds 8 * Tp * Dp + 2 * Tp * Tp floats. */
 void NAME(attention_backward)(float *dqkv, float *dbias, const float *dout, const float *p, const float *qkv,
                               const float *bias, float *scratch, long B, long T, long H, long D, const uint64_t *keys,
                               uint32_t threshold, float factor) {
@@ -553,7 +554,8 @@ double NAME(cross_entropy)(float *logits, const int32_t *targets, long N, long V
     return loss;
 }
 
-/* Apply AdamW to n elements; `scale` multiplies the gradients, and `shrink` = 1 - learning rate * decay the parameters. */
+/* Apply AdamW to n elements; `scale` multiplies the gradients, and `shrink` = 1 - learning rate * decay the parameters.
+ * */
 void NAME(adamw)(float *out, float *out_m, float *out_v, const float *p, const float *g, const float *m,
                  const float *v, long n, float scale, float beta1, float beta2, float step_size,
                  float root_correction, float eps, float shrink) {
@@ -582,8 +584,8 @@ void NAME(block_sums)(double *sums, const float *x, const int64_t *bounds, long 
     }
 }
 
-/* Compute out[i] = sum over b of buffers[b][i] for start <= i < stop, added in the order of b, in pieces that stay in the
- * cache. Buffer b begins at b * stride. */
+/* Compute out[i] = sum over b of buffers[b][i] for start <= i < stop, added in the order of b, in pieces that stay in
+ * the cache. Buffer b begins at b * stride. */
 #define SUM_OVER_BUFFERS(name, type)                                                                               \
     void NAME(name)(type *restrict out, const type *restrict buffers, long stride, long count, long start, long stop) { \
         const long piece = 16384 / sizeof(type);                                                                   \
@@ -600,8 +602,9 @@ SUM_OVER_BUFFERS(sum_buffers, float)
 SUM_OVER_BUFFERS(sum_integers, int64_t)
 #undef SUM_OVER_BUFFERS
 
-/* Add the integer nearest to x[i] * scale (ties to even) to sums[i], or write it there with `fresh`; `scale` is a power of
- * two. Return whether any |x[i]| is not below `limit` or is NaN, whose conversion would silently give a wrong integer. */
+/* Add the integer nearest to x[i] * scale (ties to even) to sums[i], or write it there with `fresh`; `scale` is a power
+ * of two. Return whether any |x[i]| is not below `limit` or is NaN, whose conversion would silently give a wrong
+ * integer. */
 long NAME(add_fixed)(int64_t *restrict sums, const float *restrict x, long n, float scale, float limit, long fresh) {
     int bad = 0;
     for (long i = 0; i < n; i++) {

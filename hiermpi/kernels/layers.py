@@ -442,7 +442,7 @@ class ReferenceKernels:
         out[:] = sums.astype(np.float64) * unit
 
     def multiply_adds(self, flops: float) -> None:
-        """Do about ``flops`` floating-point operations on registers alone, which numpy cannot: this form does nothing."""
+        """Do nothing: numpy cannot do floating-point operations on registers alone, as compiled forms do."""
 
     def _heads(self, qkv: Array, shape: Sequence[int]) -> tuple[Array, Array, Array]:
         """Return q, k and v as (B, H, T, D) views of qkv (N, 3C)."""

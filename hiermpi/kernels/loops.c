@@ -1,5 +1,5 @@
-/* This file has the loops of routing, of reading a batch and of the lattice. balance is the inner loop of assignment.py,
- * step for step: it chooses the same moves, ties included. */
+/* This file has the loops of routing, of reading a batch and of the lattice. balance is the inner loop of
+ * assignment.py, step for step: it chooses the same moves, ties included. */
 
 #include <stdint.h>
 #include <stdlib.h>
@@ -14,7 +14,7 @@ typedef int32_t vec __attribute__((vector_size(16)));
 
 typedef struct {
     int32_t *worth;         /* (n, wide): the affinity, in rows of whole LANES */
-    uint64_t *inside;       /* (bins, words): a bit for each unit of a bin, so that units are met in their order */
+    uint64_t *inside;       /* (bins, words): a bit for each unit of a bin, so that units are visited in order */
     const int64_t *capacity;
     int64_t *place;         /* (n,) */
     int64_t *load, *idle;   /* (bins,) */
@@ -185,8 +185,9 @@ static void choose(const int32_t *affinity, const int64_t *capacity, const int64
     idle[cheapest] += left;
 }
 
-/* Balance an _Assignment; `loss` (bins, bins) is written. Where there are prices (bins,), place, load and idle are chosen by
- * them first. Return 0 where values are too large for this form, or memory is short; then nothing has changed. */
+/* Balance an _Assignment; `loss` (bins, bins) is written. Where there are prices (bins,), place, load and idle are
+ * chosen by them first. Return 0 where values are too large for this form, or memory is short; then nothing has
+ * changed. */
 int balance(const int32_t *affinity, const int64_t *capacity, const int64_t *prices, int64_t *place, int64_t *load,
             int64_t *idle, int64_t *loss, long n, long bins) {
     for (long k = 0; k < n * bins; k++)
@@ -215,7 +216,8 @@ int balance(const int32_t *affinity, const int64_t *capacity, const int64_t *pri
 }
 
 /* Write leaf and bin (n,) of each sequence; the units of a bin go to its leaves in turn. The leaves of bin b are
- * leaves[bounds[b]] to leaves[bounds[b + 1]]. totals gets the sum of the counts (n, bins), and that of the chosen bins. */
+ * leaves[bounds[b]] to leaves[bounds[b + 1]]. totals gets the sum of the counts (n, bins), and that of the chosen bins.
+ * */
 void deal(int64_t *leaf, int64_t *bin, int64_t *totals, const int32_t *counts, const int64_t *unit_bin,
           const int64_t *leaves, const int64_t *bounds, int64_t *turn, long n, long unit, long bins) {
     totals[0] = totals[1] = 0;
@@ -232,8 +234,8 @@ void deal(int64_t *leaf, int64_t *bin, int64_t *totals, const int32_t *counts, c
     }
 }
 
-/* Add to counts (n, bins) the tokens of each group in each row of tokens; rows are `stride` apart, and tokens below 0 are
- * padding. */
+/* Add to counts (n, bins) the tokens of each group in each row of tokens; rows are `stride` apart, and tokens below 0
+ * are padding. */
 void count_groups(int32_t *counts, const int32_t *tokens, const uint8_t *group_of_token, long n, long length,
                   long stride, long bins) {
     for (long i = 0; i < n; i++) {
@@ -250,8 +252,8 @@ void count_groups(int32_t *counts, const int32_t *tokens, const uint8_t *group_o
 #define TABLES 4  /* tables of counts, so that a group that repeats need not wait for its count */
 #define TABLE_BINS 256
 
-/* Write the records (n, 2 + length) of the sequences that begin at starts (n,), and the counts (n, bins) of the groups of
- * all their tokens but the last. */
+/* Write the records (n, 2 + length) of the sequences that begin at starts (n,), and the counts (n, bins) of the groups
+ * of all their tokens but the last. */
 #define READ_ROWS(NAME, TYPE)                                                                                     \
     void NAME(int32_t *rows, int32_t *counts, const TYPE *tokens, const int64_t *ids, const int64_t *starts,    \
               const int32_t *row_of_token, const uint8_t *group_of_token, long n, long length, long bins) {       \

@@ -1,11 +1,11 @@
 /* These are the matrix products, compiled once per instruction set like layers.h, whose loads and stores they use.
  *
  * A product is c[M,N] = a b with a[r,k] at r * ars + k * aks and b[k,j] at k * bks + j * bjs, where bks or bjs is 1.
- * Panels of b, PCOLS columns wide, are copied so that they are read in order and stay in the level 2 cache; each is used
- * for all rows of a, PROWS at a time, whose tile of c is held in registers. The method is that of Goto and van de Geijn,
- * Anatomy of high-performance matrix multiplication (2008), without the blocking that larger caches and smaller matrices
- * make unnecessary. While a tile is computed, its memory in c and a part of the next panel are prefetched. Elementwise
- * operations that follow a product are done while the tile is still in registers.
+ * Panels of b, PCOLS columns wide, are copied so that they are read in order and stay in the level 2 cache; each is
+ * used for all rows of a, PROWS at a time, whose tile of c is held in registers. The method is that of Goto and van de
+ * Geijn, Anatomy of high-performance matrix multiplication (2008), without the blocking that larger caches and smaller
+ * matrices make unnecessary. While a tile is computed, its memory in c and a part of the next panel are prefetched.
+ * Elementwise operations that follow a product are done while the tile is still in registers.
  *
  * Every element is the sum over k in order, by one fused multiply-add for each k: it does not depend on its position in
  * the matrix, nor on the number of rows.
