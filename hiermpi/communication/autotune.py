@@ -264,10 +264,15 @@ def require_contract(name: str, made: Reduction) -> None:
 
 
 def try_out(arguments: Arguments, name: str, made: Reduction) -> None:
-    """Have a reduction from outside do a step with known results. Collective over the hierarchy.
+    """Run one step of a reduction from outside and check its results; this is collective over the hierarchy.
+
+    Args:
+        arguments: The arguments with which the reduction was made.
+        name: The name of the reduction in the setting.
+        made: The reduction.
 
     Raises:
-        PluginError: on every rank, where it fails on any, or vectors or results are not what the contract says.
+        PluginError: The step fails on some rank, or its vectors or results break the contract; every rank raises it.
     """
     comms = arguments.comms
     with agreed(comms.world, comms.waiter):
@@ -281,7 +286,7 @@ def try_out(arguments: Arguments, name: str, made: Reduction) -> None:
             raise PluginError(f"{described(name)} fails in its first step: {in_one_line(error)}") from error
         if complaint:
             raise PluginError(f"{described(name)}: {complaint}")
-    # All ranks have compared: memory that they share can be zeroed.
+    # All ranks have checked the results, so memory that they share can be zeroed.
     gradients[:] = 0
     slots[0][:] = 0
     comms.waiter.wait(comms.world.Ibarrier())
@@ -290,7 +295,18 @@ def try_out(arguments: Arguments, name: str, made: Reduction) -> None:
 def first_step(
     arguments: Arguments, name: str, made: Reduction, gradients: NDArray, parameters: NDArray[np.float32]
 ) -> str:
-    """Sum ones, hand down the owners' numbers, and say what is wrong with them. Collective over the hierarchy."""
+    """Sum ones and broadcast the owners' numbers; this is collective over the hierarchy.
+
+    Args:
+        arguments: The arguments with which the reduction was made.
+        name: The name of the reduction in the setting.
+        made: The reduction.
+        gradients: The vector that gradient_vector() returned.
+        parameters: The first slot that parameter_slots() returned.
+
+    Returns:
+        What is wrong with the results; an empty text where they are right.
+    """
     comms, ownership, vectors = arguments
     number = ownership.number(comms.rank)
     mine = [] if number is None else ownership.spans_of(number)
