@@ -71,7 +71,7 @@ class Reduction:
 
     **Messages.** Start nonblocking operations and wait with ``self.comms.waiter.wait(request, ...)``: it sleeps where
     ranks share cores, keeps the account of waiting, and ends a run that hangs. :meth:`in_chunks` does an operation on a
-    long vector in messages of a good size, :meth:`send_and_receive` sends and receives at the same time, as a ring does.
+    long vector in messages of a good size; :meth:`send_and_receive` sends and receives at once, as a ring does.
 
     Args:
         comms: The communicators of the hierarchy.
@@ -84,8 +84,8 @@ class Reduction:
     keeps_gradients = False
     """Whether :meth:`reduce` leaves every rank's own gradient unchanged."""
     shares_memory = False
-    """Whether the ranks of a node share one copy of parameters and gradients: then the vectors passed to the methods are
-    always those that :meth:`gradient_vector` and :meth:`parameter_slots` return, the same at every call."""
+    """Whether the ranks of a node share one copy of parameters and gradients: then the vectors passed to the methods
+    are always those that :meth:`gradient_vector` and :meth:`parameter_slots` return, the same at every call."""
 
     def __init__(self, comms: Communicators, ownership: Ownership, vectors: Vectors) -> None:
         self.comms = comms
@@ -97,15 +97,15 @@ class Reduction:
 
     @classmethod
     def usable(cls, comms: Communicators) -> bool:  # noqa: ARG003
-        """Tell whether a timed choice should try this reduction on these ranks; every rank must give the same answer."""
+        """Tell whether a timed choice should try this reduction on these ranks; all ranks must agree."""
         return True
 
     def gradient_vector(self) -> NDArray:
-        """Return this rank's zeroed (size,) gradient, of type ``vectors.gradients``, in memory that is summed fastest."""
+        """Return this rank's zeroed (size,) gradient of type ``vectors.gradients``, in memory that is summed fast."""
         return aligned_zeros(self.ownership.size, self.vectors.gradients)
 
     def parameter_slots(self) -> list[NDArray[np.float32]]:
-        """Return ``vectors.slots`` zeroed vectors for the parameters, in memory that is broadcast fastest."""
+        """Return ``vectors.slots`` zeroed vectors for the parameters, in memory that is broadcast fast."""
         return [aligned_zeros(self.ownership.size, np.float32) for _ in range(self.vectors.slots)]
 
     def state_slots(self) -> list[dict[str, NDArray[np.float32]]]:

@@ -150,7 +150,7 @@ def deal_texts(comm: MPI.Comm, texts: Sequence[bytes] | None, waiter: Waiter) ->
 
     Args:
         comm: The ranks that take part.
-        texts: The texts at rank 0, or None there to end; None elsewhere.
+        texts: The texts at rank 0, which may give None; None elsewhere.
         waiter: The waiter of this rank.
 
     Returns:
