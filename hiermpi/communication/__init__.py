@@ -1,1 +1,1 @@
-"""All that talks to other ranks. The only package that imports mpi4py."""
+"""This package does all communication between ranks; no other package imports mpi4py."""

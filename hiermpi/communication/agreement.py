@@ -1,10 +1,10 @@
-"""Errors that all ranks share, small Python objects that they send each other, and the one way out.
+"""This module shares errors and small Python objects between ranks, and ends collective commands.
 
-An error of one rank is raised on all, so that none waits in a collective that another never enters. Arrays never travel
-as objects. All waits sleep.
+An error of one rank is raised on all, so that no rank waits in a collective that another never enters. Arrays are never
+sent as objects. All waits sleep.
 
-Every end of a collective command goes through :func:`leave`: the first rank that exits non-zero makes the launcher kill
-the others, so an early ``sys.exit`` would lose the others' work. Ranks meet, finalize, and only then exit.
+Every collective command ends with :func:`leave`: the first rank that exits non-zero makes the launcher kill the others,
+so an early ``sys.exit`` would lose the others' work. Ranks meet, finalize, and only then exit.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ from hiermpi.communication.waiting import Waiter
 from hiermpi.errors import EXIT_ERROR, UserError
 
 NOTE_BYTES = 4096
-"""Room for an error on its way to the other ranks."""
+"""The most bytes of a pickled error that is sent to the other ranks."""
 PATIENCE_SECONDS = 5.0
 """How long a rank with an error waits for the others before it says what has happened."""
 CLAIM_TAG = 32_101
@@ -62,7 +62,15 @@ def agreed(comm: MPI.Comm, waiter: Waiter, patient: bool = True) -> Iterator[Non
 
 
 def from_root(comm: MPI.Comm, make: Callable[[], T], waiter: Waiter) -> T:
-    """Call ``make`` on rank 0; give every rank what it returns, or its error. Collective over ``comm``."""
+    """Call ``make`` on rank 0, and return its result on every rank.
+
+    It is collective over ``comm``.
+
+    Args:
+        comm: The ranks that take part.
+        make: The function that rank 0 calls; where it raises, every rank raises as :func:`agree` describes.
+        waiter: The waiter of this rank.
+    """
     value: Any = None
     with agreed(comm, waiter):
         if comm.rank == 0:
@@ -71,7 +79,13 @@ def from_root(comm: MPI.Comm, make: Callable[[], T], waiter: Waiter) -> T:
 
 
 def broadcast_object(comm: MPI.Comm, value: Any, waiter: Waiter) -> Any:
-    """Return rank 0's ``value`` on every rank. Collective over ``comm``."""
+    """Return rank 0's ``value`` on every rank; this is collective over ``comm``.
+
+    Args:
+        comm: The ranks that take part.
+        value: The object at rank 0; it is ignored elsewhere.
+        waiter: The waiter of this rank.
+    """
     data = np.frombuffer(pickle.dumps(value), np.uint8) if comm.rank == 0 else None
     length = np.array([0 if data is None else len(data)], np.int64)
     waiter.wait(comm.Ibcast(length))
@@ -83,7 +97,16 @@ def broadcast_object(comm: MPI.Comm, value: Any, waiter: Waiter) -> Any:
 
 
 def gather_objects(comm: MPI.Comm, value: Any, waiter: Waiter) -> list[Any] | None:
-    """Return every rank's ``value`` in rank order at rank 0, None elsewhere. Collective over ``comm``."""
+    """Gather every rank's ``value`` at rank 0; this is collective over ``comm``.
+
+    Args:
+        comm: The ranks that take part.
+        value: The object of this rank.
+        waiter: The waiter of this rank.
+
+    Returns:
+        The values in the order of the ranks at rank 0; None elsewhere.
+    """
     gathered = gather_arrays(comm, np.frombuffer(pickle.dumps(value), np.uint8), waiter)
     if gathered is None:
         return None
@@ -93,10 +116,15 @@ def gather_objects(comm: MPI.Comm, value: Any, waiter: Waiter) -> list[Any] | No
 
 
 def gather_arrays(comm: MPI.Comm, values: NDArray, waiter: Waiter) -> tuple[NDArray, NDArray[np.int64]] | None:
-    """Gather every rank's 1-D ``values`` of one type at rank 0. Collective over ``comm``.
+    """Gather every rank's 1-D array at rank 0; this is collective over ``comm``.
+
+    Args:
+        comm: The ranks that take part.
+        values: (n,) The array of this rank; all arrays have one element type.
+        waiter: The waiter of this rank.
 
     Returns:
-        At rank 0 the values one rank after the other, and how many each has; None elsewhere.
+        The values, one rank after another, and the (ranks,) number of values of each, at rank 0; None elsewhere.
     """
     lengths = np.zeros(comm.size, np.int64)
     waiter.wait(comm.Igather(np.array([len(values)], np.int64), lengths if comm.rank == 0 else None))
@@ -147,22 +175,22 @@ def late(request: MPI.Request) -> bool:
 
 
 ErrorSink = Callable[[int, str], str | None]
-"""Stores (rank, traceback) and returns where, or None where it could not."""
+"""A function that stores the rank and traceback of an error; it returns the path, or None where it could not."""
 
 _error_sink: ErrorSink | None = None
 
 
 def set_error_sink(sink: ErrorSink | None) -> None:
-    """Set where the traceback of an unexpected error goes from now on; None is stderr, as at the start."""
+    """Set the function that stores tracebacks of unexpected errors; with None, as at first, they go to stderr."""
     global _error_sink
     _error_sink = sink
 
 
 def run_collectively(body: Callable[[MPI.Comm], int]) -> None:
-    """Run ``body`` on every rank and leave the process with its exit code; never returns.
+    """Run ``body`` on every rank and exit with the code that it returns; this function never returns.
 
-    A :class:`UserError` that every rank raises (see :func:`agree`) is printed by rank 0. Any other exception, on
-    whichever rank, is reported once and ends the whole job.
+    Rank 0 prints a :class:`UserError` that every rank raises (see :func:`agree`). Any other exception, on whichever
+    rank, is reported once and ends the whole job.
     """
     world = MPI.COMM_WORLD
     try:
@@ -207,7 +235,7 @@ def claimed(world: MPI.Comm, below: int, seconds: float) -> bool:
 
 
 def leave(code: int) -> None:
-    """End this process with ``code`` once every rank is here; never returns. Collective over COMM_WORLD."""
+    """End this process with ``code`` once every rank has called this; it is collective and never returns."""
     flush()
     Waiter().wait(MPI.COMM_WORLD.Ibarrier())
     MPI.Finalize()
@@ -215,7 +243,7 @@ def leave(code: int) -> None:
 
 
 def abort(error: BaseException) -> None:
-    """Report ``error`` with rank and host and end all ranks; never returns."""
+    """Report ``error`` with rank and host, and end all ranks; this function never returns."""
     rank = MPI.COMM_WORLD.rank
     give_way()
     try:
@@ -238,7 +266,7 @@ def give_way() -> None:
 
 
 def flush() -> None:
-    """Write out what the standard streams still hold."""
+    """Write out what the standard streams still buffer."""
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError):
             stream.flush()

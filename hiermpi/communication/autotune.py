@@ -1,4 +1,4 @@
-"""The choice of a reduction: the one that is named, or the fastest for this vector on these ranks."""
+"""This module chooses a reduction: the one that is named, or the fastest for this vector on these ranks."""
 
 import logging
 import statistics
@@ -19,13 +19,15 @@ from hiermpi.hierarchy.ownership import Ownership
 from hiermpi.kernels.memory import give_back_memory, lazy_zeros
 
 FALLBACK = "tree"
-"""Takes the place of a reduction of the package's that cannot be had on these ranks."""
+"""The reduction that is used where one of the package cannot be made on these ranks."""
 ABOUT_AS_FAST = 1.1
-"""Of candidates within this factor of the fastest the first is taken, so that noise seldom decides."""
+"""The factor of the fastest time within which the first candidate is taken, so that noise seldom decides."""
 HOPELESS = 2.0
-"""Times the fastest: a candidate that once takes longer is not timed again."""
+"""The factor of the fastest time beyond which a candidate is not timed again."""
 ROUNDS = 7
+"""The most rounds in which candidates are timed."""
 BUDGET_SECONDS = 1.0
+"""The seconds after which no further round begins."""
 METHODS = (
     *("gradient_vector", "parameter_slots", "state_slots", "reduce", "exchange", "broadcast", "share"),
     *("sum_everywhere", "free"),
@@ -36,27 +38,33 @@ logger = logging.getLogger("hiermpi")
 
 
 class MakesReduction(Protocol):
-    """What a registered name, or ``package.module:object``, must be: a subclass of Reduction, or a function like one.
+    """The interface of a registered reduction: a subclass of Reduction, or a function with the same arguments.
 
-    It may have ``usable(comms) -> bool``: whether a timed choice should try it; the same on every rank.
+    It may have ``usable(comms) -> bool``, which tells whether a timed choice should try it, the same on every rank.
     """
 
     def __call__(self, comms: Communicators, ownership: Ownership, vectors: Vectors) -> Reduction:
-        """Make the reduction. Collective over the hierarchy."""
+        """Make the reduction; this is collective over the hierarchy.
+
+        Args:
+            comms: The communicators of the hierarchy.
+            ownership: The owner of each part of the vectors.
+            vectors: The types, slots and names of the vectors.
+        """
 
 
 class Chosen(NamedTuple):
-    """A reduction, and how it was chosen."""
+    """A reduction with the times by which it was chosen."""
 
     reduction: Reduction
     seconds: Mapping[str, float]
-    """Median seconds of each candidate, by its text in the setting; empty where nothing was timed."""
+    """The median seconds of each candidate by its name in the setting; empty where nothing was timed."""
     name: str
-    """Its text in the setting: what a run keeps, and gives as ``known`` at its next start."""
+    """The name of the reduction in the setting, which a run stores and passes as ``known`` at its next start."""
 
 
 class Arguments(NamedTuple):
-    """What a reduction is made with."""
+    """The arguments with which a reduction is made."""
 
     comms: Communicators
     ownership: Ownership
@@ -70,23 +78,23 @@ def make_reduction(
     vectors: Vectors,
     known: str = "",
 ) -> Chosen:
-    """Make the reduction that ``hierarchy.reduction`` asks for. Collective over the hierarchy.
+    """Make the reduction that ``hierarchy.reduction`` names; this is collective over the hierarchy.
 
-    Where several are named, or ``auto``, it is ``known`` if an earlier start chose that among them, else the fastest:
-    each candidate sums the vector and hands it down a few times, in turns. Where shared memory cannot be had, ``tree``
-    takes its place, and the log says so.
+    Where the setting names several, or ``auto``, the choice is ``known`` if that is among them. Otherwise the fastest
+    is chosen: each candidate sums and broadcasts the vector a few times, in turns. Where shared memory is not
+    available, ``tree`` is used instead, with a warning in the log.
 
     Args:
-        setting: a registered name, ``package.module:object``, ``auto`` for all registered ones, or a list of these with
+        setting: A registered name, ``package.module:object``, ``auto`` for all registered ones, or a list of these with
             commas between them; or the class itself.
-        comms: the communicators of the hierarchy.
-        ownership: the owner of each part of the vectors.
-        vectors: types, slots and names of the vectors.
-        known: an earlier choice.
+        comms: The communicators of the hierarchy.
+        ownership: The owner of each part of the vectors.
+        vectors: The types, slots and names of the vectors.
+        known: The name that an earlier start of the run chose, or an empty text.
 
     Raises:
-        UsageError: on every rank, an unknown name, or an object that cannot be imported.
-        PluginError: on every rank, an object from outside that does not keep the contract.
+        UsageError: A name is unknown, or an object cannot be imported; every rank raises it.
+        PluginError: An object from outside breaks the contract; every rank raises it.
     """
     arguments = Arguments(comms, ownership, vectors)
     makers: dict[str, MakesReduction] = {}
@@ -116,16 +124,24 @@ def candidates(setting: str) -> list[str]:
 
 
 def try_to_make(arguments: Arguments, name: str, maker: MakesReduction) -> tuple[Reduction | None, UserError | None]:
-    """Make a reduction, or say why one of the package's cannot be had on some rank. Collective over the hierarchy.
+    """Make a reduction if that is possible on all ranks; this is collective over the hierarchy.
+
+    Args:
+        arguments: The arguments of the reduction.
+        name: The name of the reduction in the setting.
+        maker: The class or function that makes it.
+
+    Returns:
+        The reduction and None; or None and the error, where one of the package cannot be made on some rank.
 
     Raises:
-        PluginError: on every rank, where one from outside the package cannot be made or does not work.
+        PluginError: A reduction from outside cannot be made or does not work; every rank raises it.
     """
     comms, made = arguments.comms, None
     if is_outside(name):
         return make_outside(arguments, name, maker), None
     try:
-        # Making is collective, so whoever fails there must do so before others wait for it.
+        # Making a reduction is collective, so a rank that fails must do so before others wait for it.
         with agreed(comms.world, comms.waiter):
             made = maker(*arguments)
     except UserError as error:
@@ -160,12 +176,12 @@ def make_outside(arguments: Arguments, name: str, maker: MakesReduction) -> Redu
 
 
 def fall_back(arguments: Arguments) -> Chosen:
-    """Make the reduction that can always be had."""
+    """Make the reduction that works on all ranks everywhere."""
     return Chosen(REDUCTIONS[FALLBACK](*arguments), {}, FALLBACK)
 
 
 def fastest(arguments: Arguments, makers: Mapping[str, MakesReduction]) -> Chosen:
-    """Make the fastest of the candidates. Collective over the hierarchy."""
+    """Make the fastest of the candidates; this is collective over the hierarchy."""
     comms, ownership, vectors = arguments
     with agreed(comms.world, comms.waiter):
         usable = [name for name, maker in makers.items() if is_usable(name, maker, comms)]
@@ -176,7 +192,7 @@ def fastest(arguments: Arguments, makers: Mapping[str, MakesReduction]) -> Chose
     made = {name: reduction for name, reduction in attempts.items() if reduction is not None}
     if len(made) < 2:
         return next((Chosen(reduction, {}, name) for name, reduction in made.items()), None) or fall_back(arguments)
-    # One gradient vector serves all, and as their parameters too: only those that share memory have their own.
+    # One gradient vector serves all candidates, as their parameters too: only those that share memory have their own.
     sharing = [reduction for reduction in made.values() if reduction.shares_memory]
     leaf = comms.topology.is_leaf(comms.rank)
     gradients = (sharing or list(made.values()))[0].gradient_vector() if leaf else None
@@ -190,7 +206,7 @@ def fastest(arguments: Arguments, makers: Mapping[str, MakesReduction]) -> Chose
         if other != name:
             reduction.free()
     del gradients
-    give_back_memory()  # that messages took: 6 MB and more, which ranks that do not compute would never use again
+    give_back_memory()  # messages took 6 MB and more, which ranks that do not compute never use again
     return Chosen(made[name], seconds, name)
 
 
@@ -203,12 +219,14 @@ def is_usable(name: str, maker: MakesReduction, comms: Communicators) -> bool:
 def time_in_turns(
     comms: Communicators, reductions: Mapping[str, Reduction], gradients: NDArray
 ) -> dict[str, float]:
-    """Return median seconds of a sum and a broadcast with each candidate, the same on every rank. Collective.
+    """Return the median seconds of a sum and a broadcast with each candidate, the same on every rank.
+
+    It is collective over the hierarchy.
 
     Args:
-        comms: the communicators of the hierarchy.
-        reductions: the candidates by name.
-        gradients: zeros; scratch for those that do not share memory.
+        comms: The communicators of the hierarchy.
+        reductions: The candidates by name.
+        gradients: The zeroed vector that candidates without shared memory sum; it becomes scratch.
     """
     names = list(reductions)
     times: dict[str, list[float]] = {name: [] for name in names}
@@ -231,7 +249,13 @@ def time_in_turns(
 
 
 def time_once(comms: Communicators, reduction: Reduction, gradients: NDArray) -> float:
-    """Return the seconds that ``reduction`` takes for what a step asks of it. Collective over the hierarchy."""
+    """Return the seconds that ``reduction`` takes for one step; this is collective over the hierarchy.
+
+    Args:
+        comms: The communicators of the hierarchy.
+        reduction: The reduction.
+        gradients: The vector that it sums where it does not share memory.
+    """
     ownership, parameters = reduction.ownership, gradients.view(np.float32)
     if reduction.shares_memory:
         gradients, parameters = reduction.gradient_vector(), reduction.parameter_slots()[0]
@@ -247,13 +271,13 @@ def time_once(comms: Communicators, reduction: Reduction, gradients: NDArray) ->
 
 
 def preferred(seconds: Mapping[str, float]) -> str:
-    """Return the first candidate that is about as fast as the fastest."""
+    """Return the name of the first candidate that is about as fast as the fastest."""
     best = min(seconds.values())
     return next(name for name, taken in seconds.items() if taken <= ABOUT_AS_FAST * best)
 
 
 def require_contract(name: str, made: Reduction) -> None:
-    """Refuse what does not have the methods and attributes of a reduction. Raises PluginError."""
+    """Check that an object has the methods and attributes of a reduction. Raises PluginError."""
     missing = [method for method in METHODS if not callable(getattr(made, method, None))]
     missing += [attribute for attribute in ATTRIBUTES if not hasattr(made, attribute)]
     if missing:
@@ -283,7 +307,7 @@ def try_out(arguments: Arguments, name: str, made: Reduction, world: MPI.Comm) -
             complaint = first_step(arguments, name, made, gradients, slots[0])
         if complaint:
             raise PluginError(f"{described(name)}: {complaint}")
-    # All ranks have compared: memory that they share can be zeroed.
+    # All ranks have checked the results, so memory that they share can be zeroed.
     gradients[:] = 0
     slots[0][:] = 0
     comms.waiter.wait(comms.world.Ibarrier())
@@ -292,7 +316,18 @@ def try_out(arguments: Arguments, name: str, made: Reduction, world: MPI.Comm) -
 def first_step(
     arguments: Arguments, name: str, made: Reduction, gradients: NDArray, parameters: NDArray[np.float32]
 ) -> str:
-    """Sum ones, hand down the owners' numbers, and say what is wrong with them. Collective over the hierarchy."""
+    """Sum ones and broadcast the owners' numbers; this is collective over the hierarchy.
+
+    Args:
+        arguments: The arguments with which the reduction was made.
+        name: The name of the reduction in the setting.
+        made: The reduction.
+        gradients: The vector that gradient_vector() returned.
+        parameters: The first slot that parameter_slots() returned.
+
+    Returns:
+        What is wrong with the results; an empty text where they are right.
+    """
     comms, ownership, vectors = arguments
     number = ownership.number(comms.rank)
     mine = [] if number is None else ownership.spans_of(number)
@@ -326,7 +361,18 @@ def require_memory(
     slots: Sequence[NDArray[np.float32]],
     states: Sequence[Mapping[str, NDArray[np.float32]]],
 ) -> None:
-    """Refuse vectors of a reduction that are not what the contract says. Raises PluginError."""
+    """Check the vectors of a reduction against the contract.
+
+    Args:
+        arguments: The arguments with which the reduction was made.
+        name: The name of the reduction in the setting.
+        gradients: The vector that gradient_vector() returned.
+        slots: The vectors that parameter_slots() returned.
+        states: The vectors by name that state_slots() returned.
+
+    Raises:
+        PluginError: A vector is not what the contract says.
+    """
     size, vectors = arguments.ownership.size, arguments.vectors
     require_vector(name, "gradient_vector()", gradients, size, np.dtype(vectors.gradients))
     require_slots(name, "parameter_slots()", slots, vectors.slots)
@@ -341,13 +387,34 @@ def require_memory(
 
 
 def require_slots(name: str, what: str, slots: Sequence[object], count: int) -> None:
-    """Refuse any number of slots but ``count``. Raises PluginError."""
+    """Check that there are ``count`` slots.
+
+    Args:
+        name: The name of the reduction in the setting.
+        what: The method that returned the slots, for the message.
+        slots: The slots.
+        count: The expected number.
+
+    Raises:
+        PluginError: The number is another one.
+    """
     if len(slots) != count:
         raise PluginError(f"{described(name)}: {what} has {len(slots)} slots, not {count}")
 
 
 def require_vector(name: str, what: str, vector: object, size: int, dtype: np.dtype) -> None:
-    """Refuse what is not a contiguous vector of ``size`` elements of ``dtype``. Raises PluginError."""
+    """Check that an object is a contiguous vector of ``size`` elements of ``dtype``.
+
+    Args:
+        name: The name of the reduction in the setting.
+        what: The method that returned the object, for the message.
+        vector: The object.
+        size: The expected number of elements.
+        dtype: The expected element type.
+
+    Raises:
+        PluginError: The object is something else.
+    """
     found = type(vector).__name__
     if isinstance(vector, np.ndarray):
         if vector.shape == (size,) and vector.dtype == dtype and vector.flags.c_contiguous:

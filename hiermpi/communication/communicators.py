@@ -1,4 +1,4 @@
-"""The communicators of the hierarchy: world, control, group, node."""
+"""This module makes the communicators of the hierarchy: world, control, group and node."""
 
 import os
 
@@ -9,33 +9,35 @@ from hiermpi.hierarchy.topology import Role, Topology
 
 
 def usable_cores() -> int:
-    """Return how many cores this process may run on."""
+    """Return the number of cores on which this process may run."""
     return len(os.sched_getaffinity(0))
 
 
 class Communicators:
-    """Duplicate ``parent``, and split it to match a :class:`Topology`. Collective over ``parent``, like :meth:`free`.
+    """The communicators of the hierarchy: a duplicate of ``parent``, and its splits by a :class:`Topology`.
+
+    Construction and :meth:`free` are collective over ``parent``.
 
     Args:
-        parent: the ranks to organise; it stays the caller's.
-        symmetry_order: how many symmetry classes the model has.
-        coordinators: ``compute`` or ``dedicated``.
-        stall_warn: see :class:`Waiter`.
-        stall_abort: see :class:`Waiter`.
+        parent: The communicator of the ranks to organise; the caller still has to free it.
+        symmetry_order: The number of symmetry classes of the model.
+        coordinators: The value of ``hierarchy.coordinators``, ``compute`` or ``dedicated``.
+        stall_warn: The seconds after which a wait is logged, see :class:`Waiter`.
+        stall_abort: The seconds after which a wait raises, see :class:`Waiter`.
 
     Attributes:
-        world: all ranks; rank 0 is the root.
-        control: the root (rank 0) and the control ranks in group order. Only where ``in_control``.
-        group: a control rank (rank 0) and its workers. Only where ``in_group``.
-        node: the ranks that share this rank's memory.
-        in_control: whether this rank is the root or a control rank.
-        in_group: whether this rank is a control rank or a worker.
-        rank: this rank's number in ``world``.
-        size: how many ranks there are.
-        topology: the role, group and node of every rank.
-        role: this rank's role.
-        group_index: this rank's group by number; -1 at the root.
-        waiter: does this rank's waiting.
+        world: All ranks; rank 0 is the root.
+        control: The root (rank 0) and the control ranks in group order, valid only where ``in_control``.
+        group: A control rank (rank 0) and its workers, valid only where ``in_group``.
+        node: The ranks that share this rank's memory.
+        in_control: Whether this rank is the root or a control rank.
+        in_group: Whether this rank is a control rank or a worker.
+        rank: The number of this rank in ``world``.
+        size: The number of ranks.
+        topology: The role, group and node of every rank.
+        role: The role of this rank.
+        group_index: The number of this rank's group; -1 at the root.
+        waiter: The waiter of this rank.
     """
 
     def __init__(
@@ -46,7 +48,7 @@ class Communicators:
         stall_warn: float = 0.0,
         stall_abort: float = 0.0,
     ) -> None:
-        # Start-up skew is spent asleep here: Dup and Split themselves spin.
+        # Ranks that start early sleep here for the others, as Dup and Split themselves would spin.
         Waiter().wait(parent.Ibarrier())
         self.world = parent.Dup()
         self.rank, self.size = self.world.rank, self.world.size
@@ -77,11 +79,11 @@ class Communicators:
             self.group.Set_name(f"hiermpi.group.{self.group_index}")
 
     def levels_down(self) -> list[MPI.Comm]:
-        """Return the communicators that this rank passes data down on, in order: control, then group."""
+        """Return the communicators over which this rank passes data down, in order: control, then group."""
         levels = ((self.control, self.in_control), (self.group, self.in_group))
         return [comm for comm, belongs in levels if belongs]
 
     def free(self) -> None:
-        """Free every communicator made here."""
+        """Free every communicator that the constructor made."""
         for comm in (*reversed(self.levels_down()), self.node, self.world):
             comm.Free()

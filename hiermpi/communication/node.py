@@ -1,16 +1,16 @@
-"""What the ranks of a node share: memory, and slots to compute in where there are more ranks than cores.
+"""This module has what the ranks of a node share: memory, and compute slots where there are more ranks than cores.
 
-Memory is an anonymous file (memfd) that one rank makes and the others open through /proc: it is not bounded by the
-size of /dev/shm, nothing can be left behind, and, unlike an MPI window, it outlives the communicator it was made with
-and is unmapped without the others. The space is allocated at once, so that too little memory is an error and not a
-SIGBUS.
+Shared memory is an anonymous file (memfd) that one rank makes and the others open through /proc. It is not bounded by
+the size of /dev/shm, and nothing can be left behind. Unlike an MPI window, it outlives the communicator with which it
+was made, and each rank can unmap it alone. The space is allocated at once, so that too little memory is an error and
+not a SIGBUS.
 
 Ranks that share a core push each other out of its caches at every switch, and together they need more memory than
-caches hold. So only as many compute at once as keep the cores busy (:func:`hiermpi.hierarchy.topology.compute_slots`),
-each to the end of its call, and one after the other in the same memory: the model's activations stay in the caches,
-and the node holds them once per core instead of once per rank. Where the slots are as many as the cores, a slot is
-also a certain core. The system would often wake the next rank behind another that computes, and leave the core that
-has become free idle for milliseconds.
+caches hold. So only as many ranks compute at once as keep the cores busy
+(:func:`hiermpi.hierarchy.topology.compute_slots`), each to the end of its call, and one after the other in the same
+memory: the model's activations stay in the caches, and the node holds them once per core instead of once per rank.
+Where there are as many slots as cores, each slot has a fixed core. Otherwise the system would often schedule the next
+rank behind another that computes, and leave the core that has become free idle for milliseconds.
 """
 
 import mmap
@@ -33,25 +33,25 @@ from hiermpi.kernels.gates import TurnQueue, can_sleep
 from hiermpi.kernels.memory import round_up
 
 ORDERED_STORES = ("x86_64", "AMD64", "i686")
-"""Processors on which other cores see a core's stores in their order: gates that poll rely on it."""
+"""The processors on which other cores see a core's stores in order, as gates that poll need it."""
 
 
 def shared_memory_usable() -> bool:
-    """Tell whether this platform has what gates and the memory rely on."""
+    """Tell whether this platform has what gates and shared memory need."""
     return platform.machine() in ORDERED_STORES and hasattr(os, "memfd_create")
 
 
 class NodeMemory:
-    """Shared memory of ``nbytes``, zeroed. Collective over ``node``.
+    """Zeroed memory that the ranks of a node share; construction is collective over ``node``.
 
     Args:
-        node: The ranks that share memory.
-        nbytes: Its size.
-        waiter: What does the waiting.
-        used: Ranges of it, (start, stop), that memory is taken for; all of it by default.
+        node: The communicator of the ranks that share memory.
+        nbytes: The size in bytes.
+        waiter: The waiter of this rank.
+        used: The byte ranges (start, stop) that are allocated at once; by default all of it.
 
     Raises:
-        UserError: On every rank of ``node``, where it cannot be had.
+        UserError: The memory is not available; every rank of ``node`` raises it.
     """
 
     def __init__(
@@ -86,30 +86,36 @@ class NodeMemory:
         self.rank, self.size = node.rank, node.size
 
     def array(self, offset: int, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray:
-        """Return a view of the memory from byte ``offset`` on."""
+        """Return a view of the memory from byte ``offset`` on.
+
+        Args:
+            offset: The byte at which the view begins.
+            shape: The shape of the view.
+            dtype: The element type of the view.
+        """
         count = int(np.prod(shape))
         return np.frombuffer(self._map, dtype, count, offset).reshape(shape)
 
 
 class ComputeSlots:
-    """What ``with`` takes around a call of a model. Here every rank computes when it wants to."""
+    """The context in which a model is called; in this form every rank computes at any time."""
 
     def __enter__(self) -> None:
-        """Take a slot. Nothing that is collective may be called before it is given back."""
+        """Take a slot; nothing that is collective may be called before it is given back."""
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Give it back, also after an error."""
+        """Give the slot back, also after an error; the error is not suppressed."""
 
 
 class NodeComputeSlots(ComputeSlots):
-    """Slots taken in the order of asking, so many at once on this node.
+    """Compute slots that the ranks of a node take in the order of asking.
 
     Args:
-        queue: Deals out the slots.
-        work_in: Called with the number of a slot when it is taken.
-        cores: For each slot the core that it is on; none where the system is to choose.
+        queue: The queue that gives the slots.
+        work_in: The function that is called with the number of a slot when it is taken.
+        cores: The core of each slot; none where the system chooses cores.
     """
 
     def __init__(self, queue: TurnQueue, work_in: Callable[[int], None], cores: Sequence[int] = ()) -> None:
@@ -134,28 +140,28 @@ class NodeComputeSlots(ComputeSlots):
     def _run_on(self, cores: set[int]) -> None:
         try:
             os.sched_setaffinity(0, cores)
-        except OSError:  # they were taken from the job, or nobody may choose here: the system chooses
+        except OSError:  # the job lost them, or may not choose cores: the system chooses
             self._cores = ()
 
 
 class NodeCores(NamedTuple):
-    """The cores of a node."""
+    """The cores that the ranks of a node may use."""
 
     cores: list[int]
-    """Those that its ranks may use together."""
+    """The numbers of all cores that any rank may use."""
     free: bool
-    """Whether each of the ranks may use each of them."""
+    """Whether every rank may use every one of these cores."""
 
 
 def node_cores(comms: Communicators) -> NodeCores:
-    """Find the cores of this node. Collective over it."""
+    """Find the cores of this node; this is collective over the node."""
     mine = gather_objects(comms.node, sorted(os.sched_getaffinity(0)), comms.waiter) or []
     together = sorted({core for cores in mine for core in cores})
     return broadcast_object(comms.node, NodeCores(together, all(cores == together for cores in mine)), comms.waiter)
 
 
 def no_memory(_slot: int) -> None:
-    """Lend nothing to a model that keeps memory of its own."""
+    """Do nothing: a model with memory of its own needs no shared workspace."""
 
 
 def make_compute_slots(comms: Communicators, model: Any, threads: int = 1, outside: str = "") -> ComputeSlots:
@@ -185,7 +191,7 @@ def make_compute_slots(comms: Communicators, model: Any, threads: int = 1, outsi
     with agreed(comms.world, comms.waiter), plugin_errors(outside):  # the first words are written when it ends
         if at_once < leaves and shared_memory_usable() and can_sleep():
             start, stride = TurnQueue.nbytes(node.size, at_once), round_up(4 * elements)
-            # Room for as many sequences as a rank may ever get: taken where it is written.
+            # There is space for as many sequences as a rank may ever get; memory is only taken where it is written.
             memory = NodeMemory(node, start + at_once * stride, comms.waiter, [(0, start)])
             if memory.sleeps:
                 if lends:

@@ -1,4 +1,4 @@
-"""Data from the root to the ranks and back: records to compute, texts, and state that lies with its owners."""
+"""This module sends records, texts and the owners' state between the root and the other ranks."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -21,30 +21,32 @@ from hiermpi.kernels.memory import lazy_zeros, offsets_of
 
 
 def delivery_order(topology: Topology) -> NDArray[np.int64]:
-    """Return the ranks in the order in which records leave the root: itself, then group by group."""
+    """Return the (ranks,) order in which the root sends records: to itself, then group by group."""
     return np.array([0, *(rank for members in topology.groups for rank in members)])
 
 
 class Scatter(Protocol):
-    """Delivers to each rank the records it computes."""
+    """A scatter delivers to each rank the records that it computes."""
 
     def scatter(self, records: NDArray[np.int32] | None, leaf: NDArray[np.int64] | None) -> NDArray[np.int32]:
-        """Deliver a batch; return this rank's records in the order of the batch. Collective over the hierarchy.
+        """Deliver a batch; return this rank's records in the order of the batch.
+
+        This is collective over the hierarchy.
 
         Args:
-            records: The (B, width) batch at the root; None elsewhere.
-            leaf: The (B,) rank that gets each record, at the root; None elsewhere.
+            records: (B, width) The batch at the root; None elsewhere.
+            leaf: (B,) The rank that gets each record, at the root; None elsewhere.
         """
 
 
 def make_scatter(comms: Communicators, width: int, usual: int, in_memory: bool) -> Scatter:
-    """Make the scatter for records of ``width`` columns. Collective over the hierarchy.
+    """Make the scatter for the records of a run; this is collective over the hierarchy.
 
     Args:
-        comms: The hierarchy.
-        width: Columns of a record.
-        usual: Records of a usual batch.
-        in_memory: Whether the ranks of a node share memory; it is used where there is but one node.
+        comms: The communicators of the hierarchy.
+        width: The number of columns of a record.
+        usual: The number of records of a usual batch.
+        in_memory: Whether the ranks of a node may share memory, which is used where there is only one node.
     """
     if in_memory and comms.topology.n_nodes == 1:
         return SharedScatter(comms, width, usual)
@@ -52,12 +54,14 @@ def make_scatter(comms: Communicators, width: int, usual: int, in_memory: bool) 
 
 
 class SharedScatter:
-    """The root writes records where all ranks of its node read them, ``capacity`` at a time, and waits for nobody.
+    """A scatter through shared memory: the root writes records where all ranks of its node read them.
+
+    There is memory for two sets of records, so that the root need not wait for ranks that still read the last set.
 
     Args:
-        comms: The hierarchy, on one node.
-        width: Columns of a record.
-        capacity: Records that there is memory for, twice.
+        comms: The communicators of the hierarchy, on one node.
+        width: The number of columns of a record.
+        capacity: The number of records of a set; a larger batch is sent in several sets.
     """
 
     def __init__(self, comms: Communicators, width: int, capacity: int) -> None:
@@ -74,12 +78,12 @@ class SharedScatter:
         self._turn = 0
 
     def scatter(self, records: NDArray[np.int32] | None, leaf: NDArray[np.int64] | None) -> NDArray[np.int32]:
-        """See :meth:`Scatter.scatter`."""
+        """Deliver a batch, see :meth:`Scatter.scatter`."""
         rank, capacity = self.comms.rank, self.capacity
         mine: list[NDArray[np.int32]] = []
         first, total = 0, 1
         while first < total:
-            # Two sets take turns: the root writes one again when all have taken what was there.
+            # The two sets alternate: the root writes one again when all ranks have read it.
             self._turn = 1 - self._turn
             bounds, room, taken = self._bounds[self._turn], self._records[self._turn], self._taken[self._turn]
             if records is not None and leaf is not None:
@@ -97,11 +101,11 @@ class SharedScatter:
 
 
 class TreeScatter:
-    """Sends records from the root to control ranks, and from these to their workers.
+    """A scatter by messages: from the root to the control ranks, and from these to their workers.
 
     Args:
-        comms: The hierarchy.
-        width: Columns of a record.
+        comms: The communicators of the hierarchy.
+        width: The number of columns of a record.
     """
 
     def __init__(self, comms: Communicators, width: int) -> None:
@@ -112,7 +116,7 @@ class TreeScatter:
         self._position[delivery_order(topology)] = np.arange(topology.size)
 
     def scatter(self, records: NDArray[np.int32] | None, leaf: NDArray[np.int64] | None) -> NDArray[np.int32]:
-        """See :meth:`Scatter.scatter`."""
+        """Deliver a batch, see :meth:`Scatter.scatter`."""
         comms = self.comms
         counts = np.zeros(comms.size, np.int32)
         mine = np.empty((0, self.width), np.int32)
@@ -140,15 +144,17 @@ class TreeScatter:
 
 
 def deal_texts(comm: MPI.Comm, texts: Sequence[bytes] | None, waiter: Waiter) -> list[bytes] | None:
-    """Give each rank its share of rank 0's ``texts``: consecutive ones, about equal bytes each. Collective.
+    """Give each rank consecutive texts of rank 0, with about equally many bytes for each rank.
+
+    This is collective over ``comm``.
 
     Args:
         comm: The ranks that take part.
-        texts: The texts at rank 0; None elsewhere.
-        waiter: What does the waiting.
+        texts: The texts at rank 0, which may give None; None elsewhere.
+        waiter: The waiter of this rank.
 
     Returns:
-        None on every rank where rank 0 gave None.
+        The texts of this rank; None on every rank where rank 0 gave None.
     """
     lengths: list[int] | None = broadcast_object(comm, [len(t) for t in texts] if texts is not None else None, waiter)
     if lengths is None:
@@ -166,7 +172,7 @@ def deal_texts(comm: MPI.Comm, texts: Sequence[bytes] | None, waiter: Waiter) ->
 
 
 def owners(lengths: Sequence[int], size: int) -> NDArray[np.int64]:
-    """Return the rank of each text: by where its middle stands in all the bytes."""
+    """Return the (n,) rank of each text, by the position of its middle byte in all the bytes."""
     ends = np.cumsum(lengths)
     middles = ends - np.asarray(lengths) / 2
     return np.minimum(middles * size // max(int(ends[-1]) if len(ends) else 0, 1), size - 1).astype(np.int64)
@@ -177,17 +183,17 @@ def gather_owned(
 ) -> dict[str, NDArray] | None:
     """Gather whole vectors at the root from the parts of their owners.
 
-    Collective over the root and the owners; others may call it.
+    This is collective over the root and the owners; other ranks may call it too.
 
     Args:
-        comms: the communicators of the hierarchy.
-        ownership: the owner of each part.
-        state: this rank's vectors by name, each (size,), of which it has what it owns; the same names in the same order
-            on every rank. None where the rank owns nothing.
+        comms: The communicators of the hierarchy.
+        ownership: The owner of each part.
+        state: The (size,) vectors of this rank by name, of which it has what it owns; the names and their order are the
+            same on every rank. None where the rank owns nothing.
 
     Returns:
-        At the root the whole vectors by name, None elsewhere. Where the root owns everything they are its own, not
-        copies.
+        The whole vectors by name at the root, None elsewhere. Where the root owns everything, they are its own vectors
+        and not copies.
     """
     if comms.rank != 0:
         for vector in (state or {}).values():
@@ -205,13 +211,15 @@ def deal_out_owned(
     whole: Mapping[str, NDArray] | None,
     state: Mapping[str, NDArray] | None,
 ) -> None:
-    """Fill each owner's parts of its vectors from the root's whole ones. Collective like :func:`gather_owned`.
+    """Fill each owner's parts of its vectors from the root's whole vectors.
+
+    This is collective over the root and the owners; other ranks may call it too.
 
     Args:
-        comms: the communicators of the hierarchy.
-        ownership: the owner of each part.
-        whole: at the root the vectors by name, each (size,); elsewhere None.
-        state: this rank's vectors by name, see :func:`gather_owned`; only what is owned is written.
+        comms: The communicators of the hierarchy.
+        ownership: The owner of each part.
+        whole: The (size,) vectors by name at the root; None elsewhere.
+        state: The vectors of this rank by name, see :func:`gather_owned`; only what is owned is written.
     """
     for name, vector in (state or {}).items():
         if comms.rank != 0:
@@ -223,7 +231,13 @@ def deal_out_owned(
 
 
 def _gathered(comms: Communicators, ownership: Ownership, vector: NDArray) -> NDArray:
-    """Return one whole vector at the root, from its own parts and those of the other owners."""
+    """Return one whole vector at the root, from its own parts and those of the other owners.
+
+    Args:
+        comms: The communicators of the hierarchy.
+        ownership: The owner of each part.
+        vector: (size,) The vector of the root, of which it has what it owns.
+    """
     whole = lazy_zeros(ownership.size, vector.dtype)
     for start, stop, _ in ownership.spans_of(0):
         whole[start:stop] = vector[start:stop]
@@ -232,7 +246,14 @@ def _gathered(comms: Communicators, ownership: Ownership, vector: NDArray) -> ND
 
 
 def _send_parts(comms: Communicators, ownership: Ownership, vector: NDArray, to_root: bool) -> None:
-    """Send parts between the root and every other owner, span by span in the order of the vector."""
+    """Send parts between the root and every other owner, span by span in the order of the vector.
+
+    Args:
+        comms: The communicators of the hierarchy.
+        ownership: The owner of each part.
+        vector: (size,) The vector of this rank.
+        to_root: Whether the owners send to the root; otherwise the root sends to them.
+    """
     if not comms.in_control:
         return
     control, here = comms.control, comms.control.rank

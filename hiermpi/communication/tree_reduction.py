@@ -1,9 +1,10 @@
-"""Sums by messages: level by level as the ranks are organised, or all ranks at once.
+"""This module sums by messages: level by level up the hierarchy, or over all ranks at once.
 
-MPI libraries' nonblocking reductions advance one internal round per poll, which suits ranks badly that sleep between
+Nonblocking reductions of MPI libraries advance one internal round per poll, which is slow for ranks that sleep between
 polls, and the blocking ones of Open MPI 5 do not cut large vectors to pieces. So the tree does not use them: a rank
-waits for whole pieces, adds them in a fixed order, and has the next ones under way meanwhile. At 13 ranks on two cores
-a group and a control level take 9 ms for 3.4 MB (Ireduce 26, Reduce 9), and 58 ms for 40 MB (Ireduce 186, Reduce 237).
+waits for whole pieces, adds them in a fixed order, and receives the next ones meanwhile. With 13 ranks on two cores, a
+group and a control level take 9 ms for 3.4 MB (Ireduce 26 ms, Reduce 9 ms), and 58 ms for 40 MB (Ireduce 186 ms, Reduce
+237 ms).
 """
 
 from collections import deque
@@ -28,22 +29,22 @@ from hiermpi.communication.waiting import InFlight, Waiter
 from hiermpi.hierarchy.ownership import Span
 
 AHEAD_BYTES = 1 << 20
-"""How much of each child's parts is received at once; at least two parts are."""
+"""The bytes of each child's parts that are received at once; at least two parts are."""
 
 
 class FlatReduction(Reduction):
-    """One Allreduce over the world, one Bcast from each owner: the reference that every other form must equal."""
+    """The reference that every other reduction must equal: one Allreduce over the world, one Bcast from each owner."""
 
     name = "flat"
 
 
 class TreeReduction(Reduction):
-    """Sums inside each group, then between the control ranks to each part's owner; parameters the same way down."""
+    """The reduction that sums inside each group, then between the control ranks; parameters take the same way down."""
 
     name = "tree"
 
     def reduce(self, sums: NDArray[np.float64], gradients: NDArray) -> NDArray:
-        """See :meth:`Reduction.reduce`."""
+        """Sum a few numbers, and the gradients, over all ranks; see :meth:`Reduction.reduce`."""
         comms = self.comms
         if comms.in_group:
             pieces = [(chunk, 0) for chunk in chunks(gradients)]
@@ -58,7 +59,7 @@ class TreeReduction(Reduction):
         return gradients
 
     def broadcast(self, verdict: NDArray[np.float64], parameters: NDArray[np.float32]) -> None:
-        """See :meth:`Reduction.broadcast`."""
+        """Give every rank the verdict and all parameters; see :meth:`Reduction.broadcast`."""
         comms = self.comms
         hand_down(comms, verdict)
         if not verdict[0]:
@@ -70,15 +71,27 @@ class TreeReduction(Reduction):
 
 
 def reduce_spans(waiter: Waiter, comm: MPI.Comm, vector: NDArray, spans: Iterable[Span]) -> None:
-    """Leave the sum over ``comm`` of each span at its owner there. Collective over ``comm``."""
+    """Leave the sum over ``comm`` of each span at its owner; this is collective over ``comm``.
+
+    Args:
+        waiter: The waiter of this rank.
+        comm: The communicator, whose ranks are the owners' numbers.
+        vector: The vector of this rank; what it does not own becomes scratch.
+        spans: The spans with their owners.
+    """
     sum_pieces(waiter, comm, list(span_chunks(vector, spans)))
 
 
 def sum_pieces(waiter: Waiter, comm: MPI.Comm, pieces: Sequence[Piece]) -> None:
-    """Leave the sum over ``comm`` of each piece at the rank that it is for; elsewhere the piece becomes scratch.
+    """Leave the sum over ``comm`` of each piece at the rank that owns it; this is collective over ``comm``.
 
-    Pieces for one rank go up a binomial tree. Those for several ranks go there directly, which spreads the adding as
-    evenly. Collective over ``comm``.
+    Where all pieces are for one rank, they go up a binomial tree. Where they are for several ranks, they go there
+    directly, which spreads the additions as evenly.
+
+    Args:
+        waiter: The waiter of this rank.
+        comm: The communicator.
+        pieces: The pieces with the rank to which each goes; on other ranks they become scratch.
     """
     if comm.size == 1 or not pieces:
         return
@@ -87,7 +100,7 @@ def sum_pieces(waiter: Waiter, comm: MPI.Comm, pieces: Sequence[Piece]) -> None:
     waited_for = [index for index, (children, _) in enumerate(links) if children]
     received = received_pieces(comm, [pieces[index] for index in waited_for], [links[index][0] for index in waited_for])
     leaving = InFlight(waiter, SENDS)
-    # In this order everywhere: then the first unfinished piece of all can always be finished.
+    # The order is the same on all ranks, so that the first unfinished piece of all can always be finished.
     for (piece, root), (children, parent) in zip(pieces, links, strict=True):
         if children:
             for request, part in next(received):
@@ -101,14 +114,14 @@ def sum_pieces(waiter: Waiter, comm: MPI.Comm, pieces: Sequence[Piece]) -> None:
 def received_pieces(
     comm: MPI.Comm, pieces: Sequence[Piece], children: Sequence[list[int]]
 ) -> Iterator[list[tuple[MPI.Request, NDArray]]]:
-    """Yield for each piece the receives of its children's parts, the next ones begun before they are asked for.
+    """Yield for each piece the receives of its children's parts; the next receives have begun by then.
 
-    A piece's parts must be used before the next piece is asked for.
+    The parts of a piece must be used before the next piece is asked for.
 
     Args:
-        comm: the communicator of the messages.
-        pieces: those that this rank receives parts of, in the order in which everybody sums them.
-        children: the positions below this rank in each piece's tree.
+        comm: The communicator of the messages.
+        pieces: The pieces of which this rank receives parts, in the order in which all ranks sum them.
+        children: The positions below this rank in the tree of each piece.
     """
     if not pieces:
         return
@@ -135,9 +148,9 @@ def children_and_parent(position: int, size: int, direct: bool) -> tuple[list[in
     """Return the positions below and above ``position`` in a tree of ``size`` positions with the top at 0.
 
     Args:
-        position: where the rank stands in the tree.
-        size: positions of the tree.
-        direct: whether all positions stand below the top. Otherwise the tree is binomial: a position's children differ
+        position: The position of the rank in the tree.
+        size: The number of positions of the tree.
+        direct: Whether all positions stand below the top. Otherwise the tree is binomial: a position's children differ
             from it in one bit below its lowest set one, its parent in that one.
     """
     if direct:

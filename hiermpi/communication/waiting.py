@@ -1,8 +1,8 @@
-"""The one place where a rank waits for another.
+"""This module does all waiting of a rank for another.
 
-A wait polls, then backs off to sleeps of at most a millisecond: a waiting rank does not steal the core of one that
-computes, and Python's signal handlers, stall timers and the like run between two polls. MPI moves data only while
-somebody polls, so whenever a request completes the next ones are polled for without sleep again.
+A wait polls, then sleeps for at most a millisecond between polls: a waiting rank does not take the core of one that
+computes, and Python's signal handlers, stall timers and the like run between two polls. MPI moves data only while a
+rank polls, so whenever a request completes, the next ones are polled without sleep again.
 """
 
 import ctypes
@@ -15,34 +15,36 @@ from collections.abc import Callable, Sequence
 from mpi4py import MPI
 
 FIRST_SLEEP = 20e-6
+"""The seconds of the first sleep of a wait."""
 LONGEST_SLEEP = 1e-3
+"""The seconds of the longest sleep between two polls."""
 GROWTH = 1.15
-"""Growth of the sleep from poll to poll: about a seventh of the wait so far, so that many rounds lose little."""
+"""The growth of the sleep from poll to poll, so that it is about a seventh of the wait so far."""
 SPIN_SECONDS = 2e-3
-"""How long a rank with a core of its own polls before it sleeps."""
+"""The time for which a rank with a core of its own polls before it sleeps."""
 OVERSUBSCRIBED_SPIN_SECONDS = 50e-6
-"""How long it polls where ranks share cores; each poll then gives the core away."""
+"""The time for which a rank polls before it sleeps where ranks share cores; each poll yields the core."""
 
 logger = logging.getLogger("hiermpi")
 
 
 class StallError(RuntimeError):
-    """A rank has waited longer than ``run.stall_abort``: another one is gone or hangs."""
+    """The error of a rank that has waited longer than ``run.stall_abort``: another rank is gone or hangs."""
 
 
 class Slept(ctypes.Structure):
-    """Nanoseconds of wall time and of CPU that waits in compiled gates took."""
+    """The nanoseconds of wall time and of CPU time that waits in compiled gates took."""
 
     _fields_ = (("wall", ctypes.c_int64), ("cpu", ctypes.c_int64))
 
 
 class Waiter:
-    """Wait for requests and for other ranks' words in shared memory, and keep account of it.
+    """The waiter of a rank, which waits for requests and for words in shared memory, and keeps account of its waits.
 
     Args:
-        oversubscribed: whether more ranks than cores share this node.
-        stall_warn: seconds after which a wait is logged, once (0: never).
-        stall_abort: seconds after which a wait raises :class:`StallError` (0: never).
+        oversubscribed: Whether more ranks than cores share this node.
+        stall_warn: The seconds after which a wait is logged once; with 0 it never is.
+        stall_abort: The seconds after which a wait raises :class:`StallError`; with 0 it never does.
     """
 
     def __init__(self, oversubscribed: bool = True, stall_warn: float = 0.0, stall_abort: float = 0.0) -> None:
@@ -53,18 +55,18 @@ class Waiter:
         self._cpu_seconds = 0.0
         self._slept = Slept()
         self.slept_at = ctypes.addressof(self._slept)
-        """Address of the account that compiled gates keep of their waits."""
+        """The address of the account that compiled gates keep of their waits."""
         self.phase = "start"
-        """What the rank is doing, for messages."""
+        """The phase in which the rank is, for messages."""
 
     @property
     def seconds(self) -> float:
-        """Wall time spent in waits so far, in seconds."""
+        """Return the wall time spent in waits so far, in seconds."""
         return self._seconds + 1e-9 * self._slept.wall
 
     @property
     def cpu_seconds(self) -> float:
-        """CPU time that polling in them took, in seconds."""
+        """Return the CPU time that waits took so far, in seconds."""
         return self._cpu_seconds + 1e-9 * self._slept.cpu
 
     def wait(self, *requests: MPI.Request) -> None:
@@ -97,7 +99,7 @@ class Waiter:
         self._account(start, cpu)
 
     def wait_until(self, ready: Callable[[], bool]) -> None:
-        """Return when ``ready()`` is true: for words of shared memory, which other ranks write."""
+        """Return when ``ready()`` is true, such as when other ranks have written words of shared memory."""
         if ready():
             return
         start, cpu = time.perf_counter(), time.process_time()
@@ -115,7 +117,12 @@ class Waiter:
         self._account(start, cpu)
 
     def wait_asleep(self, done: Callable[..., bool], *arguments: int) -> None:
-        """Return when ``done(*arguments)`` is true: a compiled wait that sleeps a second at most and keeps account."""
+        """Return when ``done(*arguments)`` is true.
+
+        Args:
+            done: The compiled wait, which sleeps for at most a second at a time and keeps account itself.
+            arguments: The arguments of ``done``.
+        """
         start = time.perf_counter()
         warned = False
         while not done(*arguments):
@@ -137,11 +144,11 @@ class Waiter:
 
 
 class InFlight:
-    """Keep at most so many requests under way; the oldest is waited for first.
+    """A queue of pending requests of limited length, in which the oldest is waited for first.
 
     Args:
-        waiter: does the waiting.
-        most: how many requests.
+        waiter: The waiter of this rank.
+        most: The most requests that are pending at once.
     """
 
     def __init__(self, waiter: Waiter, most: int) -> None:
@@ -150,7 +157,7 @@ class InFlight:
         self._requests: deque[MPI.Request] = deque()
 
     def start(self, start: Callable[[], MPI.Request]) -> None:
-        """Start one more request, when there is room."""
+        """Start one more request; where the queue is full, wait for the oldest one first."""
         if len(self._requests) == self._most:
             self._waiter.wait(self._requests.popleft())
         self._requests.append(start())

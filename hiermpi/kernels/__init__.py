@@ -1,8 +1,8 @@
-"""All compiled code, and the numpy specification that each piece of it must agree with.
+"""This package has all compiled code, and the numpy specification with which each piece of it must agree.
 
-Nobody outside asks whether something is compiled. ``HIERMPI_KERNELS`` chooses the form of the layers: ``auto``
-(default: the best instruction set that the processor has), one of the instruction sets, or ``numpy``. Where the
-library was not built, ``auto`` is numpy.
+Code outside the package need not know what is compiled. The environment variable ``HIERMPI_KERNELS`` chooses the form
+of the layers: ``auto`` (the default, which takes the best instruction set that the processor has), one of the
+instruction sets, or ``numpy``. Where the library was not built, ``auto`` takes numpy.
 """
 
 import os
@@ -31,7 +31,7 @@ def load_kernels(choice: str = "") -> Kernels:
     """Return the kernels called ``choice``; by default those of :func:`using_kernels` or of the environment.
 
     Raises:
-        UsageError: An unknown name, or kernels that this machine or installation does not have.
+        UsageError: The name is unknown, or this processor or installation does not have the kernels.
     """
     return _load(choice or (_forced[-1] if _forced else os.environ.get(VARIABLE, "auto")))
 

@@ -1,6 +1,6 @@
-"""The transportation problem of routing, solved exactly: units to few bins with capacities.
+"""This module assigns units to a few bins with capacities, exactly: the transportation problem of routing.
 
-Capacity beyond the number of units is taken by idle units, all alike and without affinity, so that every bin
+Capacity beyond the number of units is taken by idle units, which are all alike and have no affinity, so that every bin
 is exactly full in the end. The method is that of successive shortest paths (Ahuja, Magnanti and Orlin,
 Network Flows, 1993, sections 9.3 and 9.7):
 
@@ -11,9 +11,9 @@ Network Flows, 1993, sections 9.3 and 9.7):
    no cycle that gains. Once all loads fit, the absence of such cycles is the optimality of the assignment.
 
 So the prices decide only how many paths are needed. The caller may know them from units of the same kind
-(:func:`clearing_prices`); else, of many units, they come from a sample, solved in the same way, and a round of
-coordinate descent on the dual. All of it is integer arithmetic, without randomness; both steps from given prices are
-also compiled (loops.c), with the same result.
+(:func:`clearing_prices`); else, where there are many units, they come from a sample, which is solved in the same way,
+and a round of coordinate descent on the dual. All of it is integer arithmetic without randomness. The steps that follow
+the choice of prices are also compiled (loops.c), with the same result.
 """
 
 from itertools import pairwise
@@ -27,30 +27,30 @@ from hiermpi.kernels.memory import address_of
 Integers = NDArray[np.int64]
 
 SAMPLING = 4
-"""Units for each one in the sample that prices come from."""
+"""The number of units for each one in the sample from which prices come."""
 FEW = 256
-"""Units for which moving them all is faster than finding prices first, where step 2 is compiled."""
+"""The number of units up to which moving them all is faster than finding prices first, where step 2 is compiled."""
 FITTING = 1 << 31
-"""Affinities below it are int32 in the compiled form, which looks more closely itself."""
+"""The bound below which affinities fit the int32 of the compiled form, which checks its own bound besides."""
 NEVER = 1 << 60
-"""Loss of a move that is not there; the sum of two is still an int64."""
+"""The loss of a move that does not exist; the sum of two is still an int64."""
 
 
 def assign(
     affinity: NDArray[np.integer], capacity: Integers, prices: Integers | None = None
 ) -> NDArray[np.intp]:
-    """Bin of each unit, maximising the total affinity with no bin above its capacity.
+    """Return the assignment that maximises the total affinity with no bin above its capacity.
 
     Args:
-        affinity: (n, bins) what each unit is worth in each bin (tokens), integers of at least 0.
-        capacity: (bins,) units that each bin may hold, integers of at least 0.
-        prices: (bins,) to begin with, of :func:`clearing_prices`; by default they are found.
+        affinity: (n, bins) The affinity of each unit to each bin (in tokens), integers of at least 0.
+        capacity: (bins,) The units that each bin may hold, integers of at least 0.
+        prices: (bins,) The prices to begin with, from :func:`clearing_prices`; by default they are found.
 
     Returns:
-        (n,) bin of each unit, a pure function of the arguments.
+        (n,) The bin of each unit, a pure function of the arguments.
 
     Raises:
-        ValueError: the capacities do not hold all units.
+        ValueError: The capacities do not hold all units.
     """
     n = len(affinity)
     room = int(capacity.sum())
@@ -69,7 +69,7 @@ def assign(
 
 
 def clearing_prices(affinity: NDArray[np.integer], capacity: Integers) -> Integers:
-    """(bins,) prices at which each unit prefers a bin that an :func:`assign` of the same arguments gives it."""
+    """Return (bins,) prices at which each unit prefers a bin that :func:`assign` gives it for the same arguments."""
     return _solve(affinity, np.minimum(capacity, len(affinity))).prices()
 
 
@@ -81,9 +81,15 @@ def _balance_compiled(
     idle: Integers,
     prices: Integers | None = None,
 ) -> Integers | None:
-    """:meth:`_Assignment.balance` of its attributes; the losses, or None where there is no compiled form for them.
+    """Do what :meth:`_Assignment.balance` does in compiled code; return the losses, or None where that is impossible.
 
-    With prices, place, load and idle are first set to what they are at these.
+    Args:
+        affinity: (n, bins) The affinity of each unit to each bin.
+        capacity: (bins,) The units that each bin may hold.
+        place: (n,) The bin of each unit, changed in place.
+        load: (bins,) The units in each bin, changed in place.
+        idle: (bins,) The idle units in each bin, changed in place.
+        prices: (bins,) Prices by which ``place``, ``load`` and ``idle`` are chosen first; None keeps what they are.
     """
     library = loops.compiled_loops()
     if library is None or (affinity.dtype != np.int32 and affinity.max() >= FITTING):
@@ -97,7 +103,7 @@ def _balance_compiled(
 
 
 def _solve(affinity: NDArray[np.integer], capacity: Integers) -> "_Assignment":
-    """The best assignment of one unit or more; arguments as in :func:`assign`, no capacity above n."""
+    """Return the best assignment of one unit or more; arguments are as in :func:`assign`, no capacity above n."""
     n, bins = affinity.shape
     prices = np.zeros(bins, np.int64)
     size = n // SAMPLING
@@ -111,14 +117,20 @@ def _solve(affinity: NDArray[np.integer], capacity: Integers) -> "_Assignment":
 
 
 def _balanced(affinity: NDArray[np.integer], capacity: Integers, prices: Integers) -> "_Assignment":
-    """The best assignment, from these prices on."""
+    """Return the best assignment, found from these prices; the arguments are those of :func:`assign`."""
     assignment = _Assignment(affinity, capacity, prices)
     assignment.balance()
     return assignment
 
 
 def _descend(affinity: NDArray[np.integer], capacity: Integers, prices: Integers) -> None:
-    """Set each of the prices in turn so that as many units prefer its bin as the bin may hold."""
+    """Set each of the prices in turn so that as many units prefer its bin as the bin may hold.
+
+    Args:
+        affinity: (n, bins) The affinity of each unit to each bin.
+        capacity: (bins,) The units that each bin may hold.
+        prices: (bins,) The prices, changed in place.
+    """
     n, bins = affinity.shape
     idle = int(capacity.sum()) - n
     net = affinity - prices
@@ -132,7 +144,14 @@ def _descend(affinity: NDArray[np.integer], capacity: Integers, prices: Integers
 
 
 def _clearing_price(margin: Integers, capacity: int, idle: int, idle_margin: int) -> int:
-    """The ``capacity``-th largest of the units' (n,) margins and ``idle`` copies of ``idle_margin``."""
+    """Return the price of a bin: the ``capacity``-th largest of all margins, those of idle units included.
+
+    Args:
+        margin: (n,) The price at which each unit is indifferent to the bin.
+        capacity: The units that the bin may hold.
+        idle: The number of idle units.
+        idle_margin: The margin of each idle unit.
+    """
     lowest = len(margin) - capacity
     if idle >= capacity:
         return max(idle_margin, int(np.partition(margin, lowest)[lowest]))
@@ -142,12 +161,12 @@ def _clearing_price(margin: Integers, capacity: int, idle: int, idle_margin: int
 
 
 class _Assignment:
-    """Units and idle units in bins, so that no cycle of moves between bins gains.
+    """An assignment of units and idle units to bins in which no cycle of moves between bins gains.
 
     Args:
-        affinity: (n, bins) what each unit is worth in each bin.
-        capacity: (bins,) units that each bin may hold.
-        prices: (bins,) under which the units choose their bins, whatever the loads.
+        affinity: (n, bins) The affinity of each unit to each bin.
+        capacity: (bins,) The units that each bin may hold.
+        prices: (bins,) The prices by which the units choose their bins at first, whatever the loads.
     """
 
     def __init__(self, affinity: NDArray[np.integer], capacity: Integers, prices: Integers) -> None:
@@ -155,16 +174,17 @@ class _Assignment:
         self.affinity = np.ascontiguousarray(affinity, np.int64)
         self.capacity = np.ascontiguousarray(capacity, np.int64)
         self.place: NDArray[np.intp] = (affinity - prices).argmax(axis=1)
-        """(n,) bin of each unit."""
+        """(n,) The bin of each unit."""
         self.load = np.bincount(self.place, minlength=bins)
-        """(bins,) units in each bin, without the idle."""
+        """(bins,) The units in each bin, idle ones not counted."""
         self.idle = self._place_idle(prices)
-        """(bins,) idle units in each bin."""
+        """(bins,) The idle units in each bin."""
         self.loss = np.empty((bins, bins), np.int64)
-        """Least loss of affinity for which a unit, idle or not, moves from one bin to another (by :meth:`balance`)."""
+        """(bins, bins) The least loss of affinity for which a unit, idle or not, moves from one bin to another; it is
+        filled by :meth:`balance`."""
 
     def balance(self) -> None:
-        """Move units until no bin is above its capacity; each path takes at least one from a bin that is."""
+        """Move units along shortest paths until no bin is above its capacity."""
         loss = _balance_compiled(self.affinity, self.capacity, self.place, self.load, self.idle)
         if loss is not None:
             self.loss = loss
@@ -182,12 +202,12 @@ class _Assignment:
             self._move(path, int(min(excess[path[0]], -excess[path[-1]])))
 
     def prices(self) -> Integers:
-        """(bins,) prices under which every unit is in a bin that it prefers: the dual solution."""
+        """Return the dual solution: (bins,) prices at which every unit is in a bin that it prefers."""
         distance, _ = self._shortest_paths(np.zeros(len(self.capacity), np.int64))
         return -distance
 
     def _place_idle(self, prices: Integers) -> Integers:
-        """Idle units prefer the cheapest bins: they fill the room there, and one of these takes the rest."""
+        """Return the (bins,) idle units in each bin: they fill the cheapest bins, one of which takes the rest."""
         count = self.capacity.sum() - len(self.place)
         room = np.where(prices == prices.min(), np.maximum(self.capacity - self.load, 0), 0)
         filled = np.minimum(room.cumsum(), count)
@@ -201,7 +221,7 @@ class _Assignment:
         self.loss[bin_] = np.minimum(loss, 0) if self.idle[bin_] else loss
 
     def _shortest_paths(self, distance: Integers) -> tuple[Integers, NDArray[np.intp]]:
-        """Distance of each bin, from those given at first, and the bin before it or -1 (Bellman-Ford)."""
+        """Return each bin's (bins,) distance, at most ``distance``, and the bin before it or -1 (Bellman-Ford)."""
         previous = np.full(len(distance), -1)
         while True:
             through = distance[:, None] + self.loss

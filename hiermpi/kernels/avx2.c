@@ -1,4 +1,4 @@
-/* AVX2 with fused multiply-adds: x86 processors since about 2013. */
+/* This level is AVX2 with fused multiply-adds, which x86 processors have had since about 2013. */
 
 #if defined(__x86_64__)
 

@@ -1,4 +1,4 @@
-/* AVX-512 with the parts that Skylake servers brought (F, BW, DQ, VL). */
+/* This level is AVX-512 with the parts that Skylake servers brought (F, BW, DQ, VL). */
 
 #if defined(__x86_64__)
 

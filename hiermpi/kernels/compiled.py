@@ -1,4 +1,4 @@
-"""The layers compiled: the methods of the numpy specification, on C-contiguous float32 arrays, through ctypes."""
+"""This module calls the compiled layers: the methods of the numpy specification on C-contiguous float32 arrays."""
 
 import ctypes
 from collections.abc import Callable, Sequence
@@ -14,13 +14,13 @@ from hiermpi.kernels.memory import address_of, aligned_empty, plain_float32
 Array = NDArray[np.float32]
 
 WIDEST = 16
-"""Floats in the widest register of any level: what operands are packed into is planned for it."""
+"""The floats in the widest register of any level, for which the memory of packed operands is planned."""
 FMA_CHAINS = 12
-"""Independent multiply-adds of multiply_adds in layers.h."""
+"""The number of independent multiply-adds in multiply_adds of layers.h."""
 
 
 class CompiledKernels:
-    """One instruction set of the compiled library.
+    """The kernels of one instruction set of the compiled library; :class:`ReferenceKernels` describes the methods.
 
     Args:
         library: The loaded shared object.
@@ -30,14 +30,14 @@ class CompiledKernels:
     def __init__(self, library: ctypes.CDLL, level: Level) -> None:
         self.name = level.name
         self.floats = level.floats
-        """Floats in a register."""
+        """The number of floats in a register."""
         self._call: dict[str, Callable[..., Any]] = {
             name: declare(library[f"{name}_{level.name}"], signature) for name, signature in LAYERS.items()
         }
         self.scratch = aligned_empty(0, np.float32)
         self._blas = ReferenceKernels()
         self.own_products = level.own_products
-        """Whether products are computed here, on one thread, or by numpy's BLAS."""
+        """Whether products are computed here, on one thread, instead of by numpy's BLAS."""
 
     def product(self, out: Array, a: Array, b: Array, add: bool = False) -> None:
         if not self.own_products:
@@ -169,7 +169,7 @@ class CompiledKernels:
         eps: float,
         shrink: float,
     ) -> None:
-        """AdamW on (out, out_m, out_v, parameters, gradients, m, v) of one length; see :mod:`hiermpi.optimizer`."""
+        """Apply AdamW to one run of elements; see :meth:`ReferenceKernels.adamw`."""
         numbers = (scale, beta1, beta2, step_size, root_correction, eps, shrink)
         if not plain_float32(*arrays):
             self._blas.adamw(arrays, *numbers)
@@ -177,27 +177,27 @@ class CompiledKernels:
         self._call["adamw"](*map(address_of, arrays), len(arrays[0]), *numbers)
 
     def block_sums(self, sums: NDArray[np.float64], vector: Array, bounds: NDArray[np.int64]) -> None:
-        """Sums (n,) = sum of squares of vector[start:stop] for each row of bounds (n, 2)."""
+        """Compute the sums of squares of blocks; see :meth:`ReferenceKernels.block_sums`."""
         if not plain_float32(vector):
             self._blas.block_sums(sums, vector, bounds)
             return
         self._call["block_sums"](address_of(sums), address_of(vector), address_of(bounds), len(sums))
 
     def sum_buffers(self, out: Array, buffers: Array, start: int, stop: int) -> None:
-        """out[start:stop] = the sum over axis 0 of buffers (P, n), in the order of the buffers."""
+        """Sum a part of the buffers; see :meth:`ReferenceKernels.sum_buffers`."""
         name = "sum_integers" if out.dtype == np.int64 else "sum_buffers"
         self._call[name](address_of(out), address_of(buffers), buffers.shape[1], buffers.shape[0], start, stop)
 
     def add_fixed(self, sums: NDArray[np.int64], x: Array, unit: float, limit: float, fresh: bool) -> bool:
-        """See the numpy form."""
+        """Add to sums in fixed point; see :meth:`ReferenceKernels.add_fixed`."""
         return not self._call["add_fixed"](address_of(sums), address_of(x), len(x), 1.0 / unit, limit, fresh)
 
     def from_fixed(self, out: Array, sums: NDArray[np.int64], unit: float) -> None:
-        """See the numpy form."""
+        """Convert sums in fixed point to float32; see :meth:`ReferenceKernels.from_fixed`."""
         self._call["from_fixed"](address_of(out), address_of(sums), len(sums), unit)
 
     def multiply_adds(self, flops: float) -> None:
-        """Do about so many floating-point operations on registers alone: the most that this core can do."""
+        """Do about ``flops`` floating-point operations on registers alone, as fast as this core can do them."""
         self._call["multiply_adds"](round(flops / (2 * FMA_CHAINS * self.floats)))
 
     def _dropped(self, keys: NDArray[np.uint64], threshold: int) -> tuple[int, int, float]:
@@ -210,11 +210,11 @@ class CompiledKernels:
 
 
 def product_scratch(inner: int, packed_rows: int) -> int:
-    """float32s that a product over ``inner`` packs into: a panel, and the rows of a transposed left matrix."""
+    """Return the float32 elements for a product over ``inner``: a panel, and the rows of a packed left matrix."""
     return inner * (WIDEST * CONSTANTS["PVECS"] + packed_rows)
 
 
 def attention_scratch(length: int, head: int) -> int:
-    """float32s that attention over ``length`` tokens packs a head of ``head`` channels into."""
+    """Return the float32 elements that attention over ``length`` tokens needs for a head of ``head`` channels."""
     rows, width = padded(length), padded(head)
     return 8 * rows * width + 2 * rows * rows

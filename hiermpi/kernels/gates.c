@@ -1,6 +1,6 @@
-/* Waiting on words of memory that the processes of a node share: gates whose waiters sleep in the kernel (futex(2)) until
- * the last one has arrived, turns to compute, and rows dealt out there. Elsewhere than on Linux, and without a compiler,
- * communication/shared_memory.py polls. */
+/* This file lets the processes of a node wait on words of shared memory: gates whose waiters sleep in the kernel
+ * (futex(2)) until the last member has arrived, a queue for compute slots, mailboxes, and records sorted by their rank.
+ * On other systems than Linux, and where there is no compiler, gates.py polls. */
 
 #include <stdatomic.h>
 #include <stdint.h>
@@ -17,17 +17,17 @@
 
 int usable(void) { return sizeof(_Atomic uint32_t) == 4; }
 
-/* A gate as one rank sees it; GateState in communication/shared_memory.py. Times in nanoseconds. */
+/* The state of a gate on one rank, GateState in gates.py. Times are in nanoseconds. */
 struct gate {
-    _Atomic uint32_t *word; /* arrivals of all rounds; wraps around */
+    _Atomic uint32_t *word; /* the number of arrivals in all rounds, which wraps around */
     uint32_t members, round;
     int64_t joins;    /* whether this rank is a member */
-    int64_t spin;     /* how long to look before sleeping, where waits are usually shorter */
-    int64_t sleep;    /* how long to sleep at most: then Python looks for stalls */
-    int64_t expected; /* what the last wait took */
+    int64_t spin;     /* how long to poll before sleeping, where the last wait was shorter */
+    int64_t sleep;    /* the longest sleep, after which Python looks for stalls */
+    int64_t expected; /* the time that the last wait took */
 };
 
-/* Wall time and CPU that waits took. */
+/* The wall time and CPU time that waits took, in nanoseconds. */
 struct account {
     int64_t wall, cpu;
 };
@@ -42,8 +42,9 @@ static int64_t nanoseconds(clockid_t clock) {
     return now.tv_sec * 1000000000L + now.tv_nsec;
 }
 
-/* Who makes a round full wakes a few of those who sleep for it, and each of them a few more: the last to arrive would else
- * pay for waking all. Who sleeps for the next round already is left alone: a round has a bit of its own. */
+/* The last rank to arrive wakes a few of those that sleep for the round, and each of these wakes a few more: else the
+ * last rank would spend the time of waking all. Ranks that already sleep for the next round are not woken, as each
+ * round has its own bit. */
 enum { WOKEN = 4 };
 
 static uint32_t bit(const struct gate *gate) { return (uint32_t)1 << gate->round % 32; }
@@ -52,13 +53,13 @@ static void wake_some(struct gate *gate) {
     syscall(SYS_futex, gate->word, FUTEX_WAKE_BITSET, WOKEN, NULL, NULL, bit(gate));
 }
 
-/* Begin the next round; a member counts one more arrival. */
+/* Begin the next round; a member also counts one more arrival. */
 void arrive(struct gate *gate) {
     const uint32_t target = ++gate->round * gate->members;
     if (gate->joins && atomic_fetch_add(gate->word, 1) + 1 == target) wake_some(gate);
 }
 
-/* Look for a while, giving the core away after each look. */
+/* Poll for a while, and yield the core after each poll. */
 static int spun(struct gate *gate, int64_t start) {
     if (gate->expected >= gate->spin) return 0;
     do {
@@ -74,7 +75,7 @@ static void sleep_until_there(struct gate *gate) {
     for (;;) {
         const uint32_t seen = atomic_load(gate->word);
         if (there(gate)) return;
-        /* Arrivals before the last one change the word but wake nobody: only a fresh sleeper is sent back by them. */
+        /* Arrivals before the last one change the word but wake no rank; they only keep one from falling asleep. */
         const int failed =
             syscall(SYS_futex, gate->word, FUTEX_WAIT_BITSET, seen, &limit, NULL, bit(gate)) != 0 ? errno : 0;
         if (there(gate)) {
@@ -85,8 +86,8 @@ static void sleep_until_there(struct gate *gate) {
     }
 }
 
-/* Whether all members have arrived for this rank's round: at once, after some looks, or after sleeping until they have,
- * a signal came or the time was over. */
+/* Tell whether all members have arrived for this rank's round: at once, after polling, or after sleeping until they
+ * have arrived, a signal has come or the time is over. */
 int passed(struct gate *gate, struct account *account) {
     if (there(gate)) return 1;
     const int64_t start = nanoseconds(CLOCK_MONOTONIC), cpu = nanoseconds(CLOCK_THREAD_CPUTIME_ID);
@@ -98,14 +99,14 @@ int passed(struct gate *gate, struct account *account) {
     return there(gate);
 }
 
-/* Turns are taken in the order of asking: `asked`, how many were asked for, `given`, how many were given back, then `size`
- * words, each in a cache line of its own, and `at_once` flags of places. Turn number n may begin when word n % size is
- * n + 1 or more; nobody asks for two, so a word serves one turn at a time. */
+/* The queue gives compute slots in the order of asking. Its memory has, each in its own cache line, the number of turns
+ * asked for, the number of turns that have ended, `size` words, and `at_once` flags, one for each slot. Turn number n
+ * may begin when word n % size is n + 1 or more; no rank asks for two turns, so a word serves one turn at a time. */
 enum { LINE = 64 };
 
 static _Atomic uint32_t *line(char *turns, uint32_t number) { return (_Atomic uint32_t *)(turns + LINE * number); }
 
-/* Ask for a turn: makes the gate where it is waited for. */
+/* Ask for a turn, and set up the gate at which it is waited for. */
 void ask_turn(struct gate *gate, char *turns, uint32_t size) {
     const uint32_t turn = atomic_fetch_add(line(turns, 0), 1);
     gate->word = line(turns, 2 + turn % size);
@@ -113,16 +114,16 @@ void ask_turn(struct gate *gate, char *turns, uint32_t size) {
     gate->round = turn + 1;
 }
 
-/* When it has come: a place that nobody else has, else -1. */
+/* Return a slot that no other rank has when the turn has come, else -1. */
 long begin_turn(struct gate *gate, struct account *account, char *turns, uint32_t size, uint32_t at_once) {
     if (!passed(gate, account)) return -1;
-    for (uint32_t place = 0;; place = (place + 1) % at_once) { /* as many places as turns: one is free, or about to be */
+    for (uint32_t place = 0;; place = (place + 1) % at_once) { /* a slot is free, or will be at once */
         uint32_t taken = 0;
         if (atomic_compare_exchange_strong(line(turns, 2 + size + place), &taken, 1)) return place;
     }
 }
 
-/* Give the place back, and the turn to who asked first. */
+/* Give the slot back, and let the first rank in the queue begin. */
 void end_turn(char *turns, uint32_t size, uint32_t at_once, uint32_t place) {
     atomic_store(line(turns, 2 + size + place), 0);
     const uint32_t turn = atomic_fetch_add(line(turns, 1), 1) + at_once;
@@ -143,7 +144,8 @@ void end_turn(char *turns, uint32_t size, uint32_t at_once, uint32_t place) {}
 
 #endif
 
-/* Rows (n, width bytes) in the order of the ranks that they are for, and where each rank's begin: bounds (size + 1,). */
+/* Copy rows (n, width bytes) to room in the order of the ranks that they are for, and write the (size + 1,) bounds, at
+ * which each rank's rows begin. */
 void deal_rows(char *room, int64_t *bounds, const char *rows, const int64_t *leaf, int64_t *next, long n, long width,
                long size) {
     memset(bounds, 0, 8 * (size + 1));
@@ -155,7 +157,7 @@ void deal_rows(char *room, int64_t *bounds, const char *rows, const int64_t *lea
     for (long i = 0; i < n; i++) memcpy(room + width * next[leaf[i]]++, rows + width * i, width);
 }
 
-/* Put numbers into a mailbox and arrive, once the round before this one is full. */
+/* Put numbers into a mailbox and arrive, once all have arrived for the round before this one. */
 int offer(struct gate *gate, struct account *account, double *box, const double *values, long count) {
     if (!passed(gate, account)) return 0;
     memcpy(box, values, sizeof *values * count);
@@ -163,7 +165,8 @@ int offer(struct gate *gate, struct account *account, double *box, const double 
     return 1;
 }
 
-/* When all have arrived: sums (count,) over the mailboxes of all ranks, in their order; a box is `stride` doubles. */
+/* When all have arrived, write the (count,) sums over the mailboxes of all ranks, in their order; a mailbox has
+ * `stride` doubles. */
 int collect(struct gate *gate, struct account *account, double *sums, const double *boxes, long size, long count,
             long stride) {
     if (!passed(gate, account)) return 0;
@@ -173,14 +176,14 @@ int collect(struct gate *gate, struct account *account, double *sums, const doub
     return 1;
 }
 
-/* When all have arrived: the numbers of one mailbox. */
+/* When all have arrived, copy the numbers of one mailbox. */
 int take(struct gate *gate, struct account *account, double *values, const double *box, long count) {
     if (!passed(gate, account)) return 0;
     memcpy(values, box, sizeof *values * count);
     return 1;
 }
 
-/* Arrive, and take the numbers of one mailbox; whose it is puts them there first. */
+/* Arrive, and copy the numbers of one mailbox; with `mine`, this rank puts them there first. */
 int tell(struct gate *gate, struct account *account, double *values, double *box, long count, long mine) {
     if (mine) memcpy(box, values, sizeof *values * count);
     arrive(gate);

@@ -1,7 +1,8 @@
-"""Waiting on words of memory that the ranks of a node share: gates, mailboxes made of them, and a queue for turns.
+"""This module lets the ranks of a node wait for each other on words of shared memory: gates, mailboxes and a queue.
 
-Each has two forms. Where gates.c was built on every rank of the node, a rank sleeps in the kernel until another wakes
-it. Elsewhere it polls, and cannot queue. Which form a memory serves is said by :attr:`Memory.sleeps`.
+Gates and mailboxes have two forms. Where gates.c was built on every rank of the node, a rank sleeps in the kernel until
+another wakes it. Elsewhere it polls, and there is no queue for compute slots. :attr:`Memory.sleeps` tells which form a
+memory allows.
 """
 
 import ctypes
@@ -16,33 +17,37 @@ from hiermpi.kernels.library import CONSTANTS, load_library
 from hiermpi.kernels.memory import address_of
 
 LINE = CONSTANTS["LINE"]
-"""Bytes of a cache line."""
+"""The bytes of a cache line."""
 MAILBOX_DOUBLES = 16
+"""The most numbers that a mailbox holds."""
 LONGEST_KERNEL_SLEEP_NS = 1_000_000_000
-"""The longest sleep in the kernel: bounded, so that stalls are seen. Signals end it."""
+"""The longest sleep in the kernel, which signals end too: it is bounded so that stalls are seen."""
 GATE_SPIN_NS = 300_000
-"""How long a rank looks at a gate, giving the core away after each look, before it sleeps; only where its last wait
-there was shorter. 13 ranks on two cores sum and hand down 10,000 floats in 0.10 ms so, in 0.15 with 50 us."""
+"""The time for which a rank polls a gate, yielding the core after each poll, before it sleeps; it polls only where its
+last wait there was shorter. 13 ranks on two cores sum and broadcast 10,000 floats in 0.10 ms with it, and in 0.15 ms
+with 50 us."""
 
 
 class Waits(Protocol):
-    """What does a rank's waiting."""
+    """The interface of a rank's waiter, which :class:`hiermpi.communication.waiting.Waiter` has."""
 
     slept_at: int
-    """The address where gates.c accounts for its waits."""
+    """The address at which gates.c keeps account of its waits."""
 
     def wait_until(self, ready: Callable[[], bool]) -> None:
-        """Return when ``ready`` says so; it is polled."""
+        """Poll ``ready`` and return when it is true."""
 
     def wait_asleep(self, done: Callable[..., Any], *arguments: int) -> None:
-        """Return when ``done`` says so; it sleeps by itself."""
+        """Call ``done`` until it returns true; it sleeps by itself."""
 
 
 class Memory(Protocol):
-    """Memory that the ranks of a node share."""
+    """The interface of memory that the ranks of a node share."""
 
     rank: int
+    """This rank's number within the node."""
     size: int
+    """The number of ranks of the node."""
     sleeps: bool
     """Whether all ranks of the node can sleep in the kernel."""
 
@@ -52,7 +57,7 @@ class Memory(Protocol):
 
 @cache
 def gates_library() -> ctypes.CDLL | None:
-    """Return the library of gates.c; None where it was not built, or cannot be used here."""
+    """Return the library of gates.c; None where it was not built, or cannot be used on this system."""
     library = load_library("_gates")
     return library if library is not None and library.usable() else None
 
@@ -63,7 +68,7 @@ def can_sleep() -> bool:
 
 
 def gate_bytes(members: int) -> int:
-    """Return the bytes that a gate of so many members needs, in whole cache lines."""
+    """Return the bytes that a gate of ``members`` ranks needs, in whole cache lines."""
     return members * LINE
 
 
@@ -73,36 +78,36 @@ def mailbox_bytes(size: int) -> int:
 
 
 class Gate(Protocol):
-    """Where ranks of a node wait until its members have all arrived, once a round.
+    """A gate at which ranks of a node wait until all its members have arrived, once a round.
 
-    No member may arrive for a round before all have arrived for the one before it.
+    No member may arrive for a round before all members have arrived for the round before it.
     """
 
     def arrive(self) -> None:
-        """Begin the next round: a member arrives, any other rank just counts it."""
+        """Begin the next round; a member arrives for it, any other rank only counts it."""
 
     def wait(self) -> None:
         """Return when all members have arrived for this rank's round."""
 
     def meet(self) -> None:
-        """Wait for all members, as a barrier does."""
+        """Arrive and wait for all members, as at a barrier."""
 
 
 def make_gate(memory: Memory, offset: int, members: Sequence[int], waiter: Waits) -> Gate:
-    """Make a gate.
+    """Make a gate in shared memory.
 
     Args:
-        memory: Holds :func:`gate_bytes` bytes of it from ``offset`` on.
-        offset: Where.
+        memory: The zeroed memory of the gate, of which it takes :func:`gate_bytes` bytes.
+        offset: The byte at which the gate begins.
         members: The ranks of the node that arrive.
-        waiter: What does the waiting.
+        waiter: The waiter of this rank.
     """
     form = SleepingGate if memory.sleeps else PollingGate
     return form(memory, offset, members, waiter)
 
 
 class GateState(ctypes.Structure):
-    """A gate as gates.c sees it from one rank."""
+    """The state of a gate as gates.c keeps it for one rank."""
 
     _fields_ = (
         ("word", ctypes.c_void_p),
@@ -125,8 +130,8 @@ class SleepingGate:
         self.waiter = waiter
         self.state = GateState(address_of(lines), len(members), 0, joins, GATE_SPIN_NS, LONGEST_KERNEL_SLEEP_NS, 0)
         self.at = ctypes.addressof(self.state)
-        """Where gates.c finds the gate."""
-        self._lines = lines  # keeps the memory
+        """The address of the gate for gates.c."""
+        self._lines = lines  # keeps the memory alive
 
     def arrive(self) -> None:
         self.library.arrive(self.at)
@@ -140,7 +145,7 @@ class SleepingGate:
 
 
 class PollingGate:
-    """A gate in which each member counts its arrivals in a cache line of its own, and who waits polls them."""
+    """A gate in which each member counts its arrivals in its own cache line, and waiting ranks poll all of them."""
 
     def __init__(self, memory: Memory, offset: int, members: Sequence[int], waiter: Waits) -> None:
         self.waiter = waiter
@@ -162,30 +167,30 @@ class PollingGate:
 
 
 class Mailboxes(Protocol):
-    """A few numbers from each rank of a node, for all of it, through a gate of all its ranks. Two sets take turns.
+    """The mailboxes with which the ranks of a node exchange a few numbers through a gate of all its ranks.
 
-    A set is written again only after a gate that all who read it have reached: the next round of this one, or another
-    that they pass between its rounds.
+    There are two sets of mailboxes, which are used alternately. A set is written again only after a gate that all its
+    readers have reached: the next round of this one, or another that they pass between its rounds.
     """
 
     def offer(self, values: NDArray[np.float64]) -> None:
-        """Turn to the other set, put this rank's numbers there, and arrive. Waits for the round before."""
+        """Wait for the previous round, put this rank's numbers into the other set, and arrive."""
 
     def sum(self, values: NDArray[np.float64]) -> None:
-        """When all have arrived, take the sum of the numbers of all ranks, added in their order."""
+        """Wait for all ranks, and fill ``values`` with the sum of their numbers, added in the order of the ranks."""
 
     def tell(self, values: NDArray[np.float64]) -> None:
-        """Turn to the other set, and give every rank the teller's numbers. A barrier."""
+        """Fill ``values`` on every rank with the numbers of the telling rank, by the other set; this is a barrier."""
 
 
 def make_mailboxes(memory: Memory, offset: int, gate: Gate, teller: int = 0) -> Mailboxes:
-    """Make mailboxes.
+    """Make mailboxes in shared memory.
 
     Args:
-        memory: Holds :func:`mailbox_bytes` bytes of it from ``offset`` on.
-        offset: Where.
-        gate: A gate of all ranks of the node, in the same memory. It may have rounds besides.
-        teller: The rank of the node whose numbers :meth:`Mailboxes.tell` tells.
+        memory: The memory of the mailboxes, of which they take :func:`mailbox_bytes` bytes.
+        offset: The byte at which the mailboxes begin.
+        gate: A gate of all ranks of the node, in the same memory; it may have other rounds besides.
+        teller: The rank of the node whose numbers :meth:`Mailboxes.tell` gives to all.
     """
     if isinstance(gate, SleepingGate):
         return SleepingMailboxes(memory, offset, gate, teller)
@@ -193,11 +198,11 @@ def make_mailboxes(memory: Memory, offset: int, gate: Gate, teller: int = 0) -> 
 
 
 class SleepingMailboxes:
-    """Mailboxes of which each call is one of gates.c; see :func:`make_mailboxes`."""
+    """Mailboxes whose methods call gates.c once each; see :func:`make_mailboxes`."""
 
     def __init__(self, memory: Memory, offset: int, gate: SleepingGate, teller: int) -> None:
         boxes = memory.array(offset, (2, memory.size, MAILBOX_DOUBLES), np.float64)
-        self._boxes = boxes  # keeps the memory
+        self._boxes = boxes  # keeps the memory alive
         self._size, self._library, self._waiter = memory.size, gate.library, gate.waiter
         self._at = gate.at, gate.waiter.slept_at
         self._first = [address_of(box) for box in boxes]
@@ -222,7 +227,7 @@ class SleepingMailboxes:
 
 
 class PollingMailboxes:
-    """Mailboxes through a polling gate; see :func:`make_mailboxes`."""
+    """Mailboxes with a polling gate; see :func:`make_mailboxes`."""
 
     def __init__(self, memory: Memory, offset: int, gate: Gate, teller: int) -> None:
         self._boxes = memory.array(offset, (2, memory.size, MAILBOX_DOUBLES), np.float64)
@@ -249,42 +254,42 @@ class PollingMailboxes:
 
 
 class TurnQueue:
-    """Turns in the order of asking, so many at once, each with a slot that nobody else has meanwhile.
+    """A queue for compute slots, which are taken in the order of asking; no two ranks have the same slot at once.
 
-    Only for memory whose ranks can sleep. The constructor touches the words that the first rank writes for all: a
-    barrier must follow before the first turn.
+    It needs memory whose ranks can sleep. The first rank's constructor writes words for all ranks, so a barrier must
+    follow before the first slot is taken.
 
     Args:
-        memory: Holds :meth:`nbytes` bytes of it at its start, zeroed.
-        at_once: The turns at the same time.
-        waiter: What does the waiting.
+        memory: The memory of the queue, of which it takes :meth:`nbytes` bytes at its start, zeroed.
+        at_once: The number of slots.
+        waiter: The waiter of this rank.
     """
 
     def __init__(self, memory: Memory, at_once: int, waiter: Waits) -> None:
         words = memory.array(0, (self.nbytes(memory.size, at_once) // LINE, LINE // 4), np.uint32)
-        self._words = words  # keeps the memory
+        self._words = words  # keeps the memory alive
         if memory.rank == 0:
             first = min(at_once, memory.size)
-            words[2 : 2 + first, 0] = 1 + np.arange(first)  # the first turns may begin
+            words[2 : 2 + first, 0] = 1 + np.arange(first)  # the first slots are free
         self._library, self._waiter, self._at_once = required_library(), waiter, at_once
         self._gate = GateState(0, 1, 0, 1, 0, LONGEST_KERNEL_SLEEP_NS, 0)
         self._at = ctypes.addressof(self._gate)
         self._turns = address_of(words), memory.size
         self.slot = 0
-        """The slot of the turn that has begun."""
+        """The number of the slot that this rank has taken."""
 
     @staticmethod
     def nbytes(size: int, at_once: int) -> int:
-        """Return the bytes that the turns of ``size`` ranks take."""
+        """Return the bytes that a queue of ``size`` ranks for ``at_once`` slots needs."""
         return LINE * (2 + size + at_once)
 
     def begin(self) -> None:
-        """Ask for a turn, and return when it has begun."""
+        """Ask for a slot, and return when this rank has one."""
         self._library.ask_turn(self._at, *self._turns)
         self._waiter.wait_asleep(self._begun)
 
     def end(self) -> None:
-        """End the turn, and let the next one begin."""
+        """Give the slot back, so that the next rank in the queue gets one."""
         self._library.end_turn(*self._turns, self._at_once, self.slot)
 
     def _begun(self) -> bool:
@@ -295,14 +300,15 @@ class TurnQueue:
 def deal_records(
     room: NDArray[np.int32], bounds: NDArray[np.int64], records: NDArray[np.int32], leaf: NDArray[np.int64], first: int
 ) -> None:
-    """Write records in the order of the ranks that they are for.
+    """Write records in the order of the ranks that compute them.
 
     Args:
-        room: (capacity, width) written, with the records from ``first`` of that order on.
-        bounds: (size + 1,) written: where each rank's records begin in that order, and their number.
-        records: (B, width) in the order of the batch.
-        leaf: (B,) rank of each record.
-        first: How many were dealt before.
+        room: (capacity, width) The records to write, from number ``first`` of that order on.
+        bounds: (size + 1,) The numbers in that order at which each rank's records begin, and the number of all records;
+            written.
+        records: (B, width) The records in the order of the batch.
+        leaf: (B,) The rank that computes each record.
+        first: The number of records that were written before.
     """
     n, size, library = len(records), len(bounds) - 1, gates_library()
     if library is not None and n <= len(room):
@@ -317,7 +323,7 @@ def deal_records(
 
 
 def required_library() -> ctypes.CDLL:
-    """Return the library of gates.c, which is known to be there."""
+    """Return the library of gates.c, which must have been built."""
     library = gates_library()
     assert library is not None
     return library

@@ -1,15 +1,17 @@
-/* The kernels, once per instruction set: plain.c, avx2.c and so on include this file, each with its own sizes.
+/* These are the kernels, compiled once per instruction set: plain.c, avx2.c and so on include this file, each with its
+ * own sizes.
  *
- * All arithmetic on rows goes through vectors of W floats, the tail of a row included (padded with zeros in a register),
- * so the result of an element never depends on where in a row or slice it stands. Compiled without -ffast-math: a NaN
- * or an infinity that goes in comes out.
+ * All arithmetic on rows goes through vectors of W floats, the tail of a row included (padded with zeros in a
+ * register), so the result of an element never depends on where in a row or slice it stands. The code is compiled
+ * without -ffast-math, so that a NaN or an infinity in the input reaches the output.
  *
- * Shapes: N = B * T rows, C channels, H heads of size D = C / H, V vocabulary. All arrays are C-contiguous.
+ * The shapes are B sequences of T tokens, N = B * T rows, C channels, H heads of size D = C / H, and V rows of the
+ * token table. All arrays are C-contiguous. layers.py is the specification.
  */
 
 INLINE VEC NAME(load)(const float *p) { return *(const VECU *)p; }
 INLINE void NAME(store)(float *p, VEC x) { *(VECU *)p = x; }
-/* The first n < W elements, zero beyond */
+/* Load or store the first n < W elements of a vector; elements beyond them are loaded as zero. */
 #if W == 16
 INLINE VEC NAME(load_part)(const float *p, long n) { return _mm512_maskz_loadu_ps((__mmask16)((1u << n) - 1), p); }
 INLINE void NAME(store_part)(float *p, VEC x, long n) { _mm512_mask_storeu_ps(p, (__mmask16)((1u << n) - 1), x); }
@@ -24,7 +26,7 @@ INLINE void NAME(store_part)(float *p, VEC x, long n) { memcpy(p, &x, 4 * (size_
 INLINE VEC NAME(splat)(float x) { return x - (VEC){0}; }
 INLINE VEC NAME(choose)(VECI mask, VEC yes, VEC no) { return (VEC)((mask & (VECI)yes) | (~mask & (VECI)no)); }
 INLINE VEC NAME(larger)(VEC a, VEC b) { return NAME(choose)(a > b, a, b); }
-/* Halves are added, then their halves: s[i] += s[i + W / 2] and so on down to one. */
+/* Return the sum of the elements: the halves are added, then their halves, and so on down to one element. */
 INLINE float NAME(sum)(VEC x) {
 #if W == 16
     vec8 low, high;
@@ -61,12 +63,12 @@ INLINE float NAME(largest)(VEC x) {
     return a[1] > a[0] ? a[1] : a[0];
 }
 
-/* exp(x), relative error below 2e-7, by Cody-Waite reduction and a minimax polynomial. NaN gives NaN; the argument is
- * clamped to the range of normal numbers. */
+/* Return exp(x) with a relative error below 2e-7, by Cody-Waite reduction and a minimax polynomial. NaN gives NaN; the
+ * argument is clamped to the range of normal numbers. */
 INLINE VEC NAME(vexp)(VEC x) {
     const VEC low = NAME(splat)(-87.33654f), high = NAME(splat)(88.37626f);
 #if W == 16
-    x = _mm512_min_ps(high, _mm512_max_ps(low, x)); /* of a NaN, the second operand */
+    x = _mm512_min_ps(high, _mm512_max_ps(low, x)); /* where an operand is NaN, these return the second */
     VEC n = _mm512_roundscale_ps(x * 1.44269504f, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #else
     x = NAME(choose)(x < low, low, x);
@@ -91,7 +93,7 @@ INLINE VEC NAME(vexp)(VEC x) {
 #endif
 }
 
-/* 1 / x for 1 <= x < 2^127 and NaN, within an ulp or two */
+/* Return 1 / x for 1 <= x < 2^127 and NaN, within an ulp or two. */
 INLINE VEC NAME(inverse)(VEC x) {
 #if W == 16
     VEC y = _mm512_rcp14_ps(x);
@@ -101,7 +103,7 @@ INLINE VEC NAME(inverse)(VEC x) {
 #endif
 }
 
-/* The 32 bits of element i under a 64-bit key (see ../dropout.py, which is the specification). */
+/* Return 32 well-mixed bits of each element (Wellons' lowbias32; layers.py is the specification). */
 INLINE VECN NAME(mix)(VECN x) {
     x ^= x >> 16;
     x *= 0x7feb352du;
@@ -110,7 +112,7 @@ INLINE VECN NAME(mix)(VECN x) {
     return x ^ (x >> 16);
 }
 
-/* 0 where element first + lane is dropped, `factor` where it is kept */
+/* Return, for each lane, 0 where element first + lane is dropped and `factor` where it is kept. */
 INLINE VEC NAME(kept)(uint32_t first, uint64_t key, uint32_t threshold, float factor) {
     VECN i;
     for (int l = 0; l < W; l++) i[l] = l;
@@ -118,7 +120,7 @@ INLINE VEC NAME(kept)(uint32_t first, uint64_t key, uint32_t threshold, float fa
     return NAME(choose)((VECI)(i >= threshold), NAME(splat)(factor), (VEC){0});
 }
 
-/* Drop elements of x[B,n] in place: sequence b under keys[b], element i of it under number i. */
+/* Drop elements of x[B,n] in place: element i of sequence b by the bits of i under keys[b]. */
 void NAME(dropout)(float *x, const uint64_t *keys, long B, long n, uint32_t threshold, float factor) {
     const long full = n & ~(W - 1L), rest = n - full;
     for (long b = 0; b < B; b++) {
@@ -131,7 +133,7 @@ void NAME(dropout)(float *x, const uint64_t *keys, long B, long n, uint32_t thre
     }
 }
 
-/* x[n,:] = wte[inputs[n],:] + wpe[n % T,:] */
+/* Compute x[n,:] = wte[inputs[n],:] + wpe[n % T,:]. */
 void NAME(embed_forward)(float *x, const int32_t *inputs, const float *wte, const float *wpe, long N, long T, long C) {
     for (long n = 0; n < N; n++) {
         const float *a = wte + inputs[n] * C, *b = wpe + (n % T) * C;
@@ -139,7 +141,7 @@ void NAME(embed_forward)(float *x, const int32_t *inputs, const float *wte, cons
     }
 }
 
-/* dwte[inputs[n],:] += dx[n,:]; dwpe[n % T,:] += dx[n,:]; in the order of n. */
+/* Compute dwte[inputs[n],:] += dx[n,:] and dwpe[n % T,:] += dx[n,:] in the order of n. */
 void NAME(embed_backward)(float *dwte, float *dwpe, const float *dx, const int32_t *inputs, long N, long T, long C) {
     for (long n = 0; n < N; n++) {
         float *a = dwte + inputs[n] * C, *b = dwpe + (n % T) * C;
@@ -179,14 +181,14 @@ INLINE void NAME(norm_row)(float *out, float *mean, float *rstd, const float *x,
     *rstd = r;
 }
 
-/* out = layer norm of x */
+/* Compute out = layer norm of x, and keep mean[N] and rstd[N] for the backward pass. */
 void NAME(norm_forward)(float *out, float *mean, float *rstd, const float *x, const float *weight, const float *bias,
                         long N, long C) {
     for (long n = 0; n < N; n++)
         NAME(norm_row)(out + n * C, mean + n, rstd + n, x + n * C, weight, bias, C);
 }
 
-/* sum = residual + branch + branch_bias; out = layer norm of sum */
+/* Compute sum = residual + branch + branch_bias, and out = layer norm of sum. */
 void NAME(residual_norm_forward)(float *sum, float *out, float *mean, float *rstd, const float *residual,
                                  const float *branch, const float *branch_bias, const float *weight, const float *bias,
                                  long N, long C) {
@@ -198,8 +200,8 @@ void NAME(residual_norm_forward)(float *sum, float *out, float *mean, float *rst
     }
 }
 
-/* dx (+)= gradient of layer norm; dweight, dbias += theirs. With `fresh` dx is written, else added to. Unless NULL,
- * dbranch += column sums of the new dx: the bias gradient of the branch whose output is added to x. */
+/* Add the gradients of layer norm to dx, dweight and dbias; with `fresh`, dx is written instead. Unless dbranch is
+ * NULL, the column sums of the new dx are added to it: the bias gradient of the branch whose output is added to x. */
 void NAME(norm_backward)(float *dx, float *dweight, float *dbias, float *dbranch, const float *dout, const float *x,
                          const float *mean, const float *rstd, const float *weight, long N, long C, long fresh) {
     const long full = C & ~(W - 1L), rest = C - full;
@@ -242,13 +244,14 @@ void NAME(norm_backward)(float *dx, float *dweight, float *dbias, float *dbranch
     }
 }
 
-/* db[c] += sum over n of dy[n,c], in the order of n */
+/* Compute db[c] += sum over n of dy[n,c], in the order of n. */
 void NAME(column_sums)(float *db, const float *dy, long N, long C) {
     for (long n = 0; n < N; n++)
         for (long c = 0; c < C; c++) db[c] += dy[n * C + c];
 }
 
-/* gelu(h), the tanh form, as h * sigmoid(2 u) with u = sqrt(2/pi) (h + 0.044715 h^3); *slope = gelu'(h) */
+/* Return gelu(h) in the tanh form, which is h * sigmoid(2 u) with u = sqrt(2/pi) (h + 0.044715 h^3), and set *slope to
+ * gelu'(h). */
 INLINE VEC NAME(gelu)(VEC h, VEC *slope) {
     const VEC square = h * h;
     const VEC s = NAME(inverse)(1.0f + NAME(vexp)(h * (-1.5957691216f - 0.0713548163f * square)));
@@ -257,7 +260,7 @@ INLINE VEC NAME(gelu)(VEC h, VEC *slope) {
     return active;
 }
 
-/* out = gelu(h + bias); h becomes gelu'(h + bias) */
+/* Compute out = gelu(h + bias); h becomes gelu'(h + bias). */
 void NAME(gelu_forward)(float *out, float *h, const float *bias, long N, long C) {
     const long full = C & ~(W - 1L), rest = C - full;
     VEC slope;
@@ -275,7 +278,7 @@ void NAME(gelu_forward)(float *out, float *h, const float *bias, long N, long C)
     }
 }
 
-/* dh *= slope, in place of the gradient of the output; dbias += column sums of the result */
+/* Compute dh *= slope, where dh is the gradient of the output before, and add the column sums of dh to dbias. */
 void NAME(gelu_backward)(float *dh, float *dbias, const float *slope, long N, long C) {
     for (long n = 0; n < N; n++)
         for (long c = 0; c < C; c++) {
@@ -285,7 +288,8 @@ void NAME(gelu_backward)(float *dh, float *dbias, const float *slope, long N, lo
         }
 }
 
-/* ROWS x (W * VECS) of c = sum over k0 <= k < k1 of a[r * ars + k * aks] * b[k * ldb + :], the heart of attention */
+/* Compute a tile of ROWS x (W * vecs) of c = sum over k0 <= k < k1 of a[r * ars + k * aks] * b[k * ldb + :]. Attention
+ * spends most of its time here. */
 INLINE void NAME(tile)(float *c, long ldc, const float *a, long ars, long aks, const float *b, long ldb, long k0,
                        long k1, const int vecs) {
     VEC acc[ROWS][VECS];
@@ -303,7 +307,7 @@ INLINE void NAME(tile)(float *c, long ldc, const float *a, long ars, long aks, c
         for (int v = 0; v < vecs; v++) NAME(store)(c + r * ldc + W * v, acc[r][v]);
 }
 
-/* rows r0..r0+ROWS of c, `width` columns (a multiple of W) */
+/* Compute ROWS rows of c in `width` columns, a multiple of W, tile by tile. */
 INLINE void NAME(stripe)(float *c, long ldc, const float *a, long ars, long aks, const float *b, long ldb, long k0,
                          long k1, long width) {
     long j = 0;
@@ -311,7 +315,8 @@ INLINE void NAME(stripe)(float *c, long ldc, const float *a, long ars, long aks,
     for (; j < width; j += W) NAME(tile)(c + j, ldc, a, ars, aks, b + j, ldb, k0, k1, 1);
 }
 
-/* Copy D columns of T rows with a bias and a factor into rows of stride Dp, zero beyond, Tp rows in all. */
+/* Copy D columns of T rows, with a bias added and multiplied by a factor, into Tp rows of stride Dp, with zeros beyond.
+ * */
 INLINE void NAME(pack)(float *out, const float *in, long stride, const float *bias, float factor, long T, long Tp,
                        long D, long Dp) {
     const long full = D & ~(W - 1L), rest = D - full;
@@ -331,7 +336,7 @@ INLINE void NAME(pack)(float *out, const float *in, long stride, const float *bi
     memset(out + T * Dp, 0, 4 * (size_t)((Tp - T) * Dp));
 }
 
-/* out[c * ldo + r] = in[r * ldi + c] of a matrix of `rows` x `cols`, four by four */
+/* Compute out[c * ldo + r] = in[r * ldi + c] for a matrix of `rows` x `cols`, in blocks of four by four. */
 INLINE void NAME(transpose)(float *out, long ldo, const float *in, long ldi, long rows, long cols) {
     long r = 0;
     for (; r + 4 <= rows; r += 4) {
@@ -355,7 +360,7 @@ INLINE void NAME(transpose)(float *out, long ldo, const float *in, long ldi, lon
         for (long c = 0; c < cols; c++) out[c * ldo + r] = in[r * ldi + c];
 }
 
-/* Softmax of s[0..i], zero beyond up to the end of its last stripe; in place. */
+/* Compute the softmax of s[0..i] in place, with zeros behind it up to `end`. */
 INLINE void NAME(softmax_row)(float *s, long i, long end) {
     const long last = i & ~(W - 1L);
     VECI lane;
@@ -379,7 +384,8 @@ INLINE void NAME(softmax_row)(float *s, long i, long end) {
     for (long j = last + W; j < end; j += W) NAME(store)(s + j, (VEC){0});
 }
 
-/* out = row `r` of the probabilities of head h with dropout, up to `end`: element (h * T + r) * T + j of the sequence. */
+/* Compute out = row r of the probabilities of head h with dropout, up to `end`. Column j is element (h * T + r) * T + j
+ * of the sequence. */
 INLINE void NAME(drop_row)(float *out, const float *in, long end, long T, long h, long r, uint64_t key,
                            uint32_t threshold, float factor) {
     const uint32_t first = (uint32_t)((h * T + r) * T);
@@ -387,7 +393,7 @@ INLINE void NAME(drop_row)(float *out, const float *in, long end, long T, long h
         NAME(store)(out + j, NAME(load)(in + j) * NAME(kept)(first + (uint32_t)j, key, threshold, factor));
 }
 
-/* Have rows t..t+ROWS of T, of n floats each, near the core: to be read, or to be written. */
+/* Prefetch rows t..t+ROWS of T, of n floats each, for reading, or for writing with `write`. */
 INLINE void NAME(fetch_rows)(const float *in, long stride, long t, long T, long n, const int write) {
     for (long i = t; i < t + ROWS && i < T; i++)
         for (long j = 0; j < n; j += 16)
@@ -397,9 +403,9 @@ INLINE void NAME(fetch_rows)(const float *in, long stride, long t, long T, long 
                 __builtin_prefetch(in + i * stride + j, 0, 2);
 }
 
-/* Causal attention. qkv[N,3C] is the product without its bias; p[B,H,Tp,Tp] keeps the probabilities (before dropout),
- * Tp = T rounded up to 16; scratch holds 4 * Tp * Dp + Tp * Tp floats, Dp = D rounded up to 16. keys[B] and a threshold
- * above 0 drop probabilities. */
+/* Compute causal attention. qkv[N,3C] is the product without its bias; p[B,H,Tp,Tp] keeps the probabilities (before
+ * dropout), Tp = T rounded up to 16; scratch holds 4 * Tp * Dp + Tp * Tp floats, Dp = D rounded up to 16. keys[B] and a
+ * threshold above 0 drop probabilities. */
 void NAME(attention_forward)(float *out, float *p, const float *qkv, const float *bias, float *scratch, long B, long T,
                              long H, long D, const uint64_t *keys, uint32_t threshold, float factor) {
     const long C = H * D, Tp = (T + 15) & ~15L, Dp = (D + 15) & ~15L;
@@ -409,13 +415,13 @@ void NAME(attention_forward)(float *out, float *p, const float *qkv, const float
         for (long h = 0; h < H; h++) {
             const float *base = qkv + b * T * 3 * C + h * D;
             float *s = p + (b * H + h) * Tp * Tp, *result = out + b * T * C + h * D;
-            const long rows = b * H + h + 1 < B * H ? T : 0; /* of the next head, fetched while this one is computed */
+            const long rows = b * H + h + 1 < B * H ? T : 0; /* rows of the next head, which are prefetched meanwhile */
             const float *next = h + 1 < H ? base + D : qkv + (b + 1) * T * 3 * C;
             NAME(pack)(q, base, 3 * C, bias + h * D, scale, T, Tp, D, Dp);
             NAME(pack)(k, base + C, 3 * C, bias + C + h * D, 1.0f, T, Tp, D, Dp);
             NAME(pack)(v, base + 2 * C, 3 * C, bias + 2 * C + h * D, 1.0f, T, Tp, D, Dp);
             NAME(transpose)(kt, Tp, k, Dp, Tp, Dp);
-            float *o = k; /* k is done with */
+            float *o = k; /* k is not needed any more */
             for (long i = 0; i < Tp; i += ROWS) {
                 const long end = (i + ROWS + 15) & ~15L;
                 for (long part = 0; part < 3; part++) NAME(fetch_rows)(next + part * C, 3 * C, i, rows, D, 0);
@@ -435,8 +441,8 @@ void NAME(attention_forward)(float *out, float *p, const float *qkv, const float
         }
 }
 
-/* dqkv[N,3C] and dbias += from dout[N,C] and what the forward pass kept. The key bias gets nothing: softmax does not
- * change by a constant per row. scratch holds 8 * Tp * Dp + 2 * Tp * Tp floats. */
+/* Compute dqkv[N,3C], and add to dbias, from dout[N,C] and what the forward pass kept. Nothing is added for the key
+ * bias: a constant per row does not change the softmax. scratch holds 8 * Tp * Dp + 2 * Tp * Tp floats. */
 void NAME(attention_backward)(float *dqkv, float *dbias, const float *dout, const float *p, const float *qkv,
                               const float *bias, float *scratch, long B, long T, long H, long D, const uint64_t *keys,
                               uint32_t threshold, float factor) {
@@ -508,7 +514,8 @@ void NAME(attention_backward)(float *dqkv, float *dbias, const float *dout, cons
         }
 }
 
-/* The sum of the losses of N rows, -1 as target counting for nothing; with `gradient`, logits become softmax - onehot. */
+/* Return the sum of the losses of N rows; rows with the target -1 are ignored. With `gradient`, logits become
+ * softmax - onehot. */
 double NAME(cross_entropy)(float *logits, const int32_t *targets, long N, long V, long gradient) {
     const long full = V & ~(W - 1L), rest = V - full;
     double loss = 0.0;
@@ -547,11 +554,12 @@ double NAME(cross_entropy)(float *logits, const int32_t *targets, long N, long V
     return loss;
 }
 
-/* AdamW on n elements; `scale` multiplies the gradient, `shrink` = 1 - learning rate * decay the parameter. */
+/* Apply AdamW to n elements; `scale` multiplies the gradients, and `shrink` = 1 - learning rate * decay the parameters.
+ * */
 void NAME(adamw)(float *out, float *out_m, float *out_v, const float *p, const float *g, const float *m,
                  const float *v, long n, float scale, float beta1, float beta2, float step_size,
                  float root_correction, float eps, float shrink) {
-    /* out may be p itself, element for element, but never overlaps it otherwise */
+    /* out may be p itself, but never overlaps it otherwise */
 #pragma GCC ivdep
     for (long i = 0; i < n; i++) {
         const float x = g[i] * scale;
@@ -563,7 +571,7 @@ void NAME(adamw)(float *out, float *out_m, float *out_v, const float *p, const f
     }
 }
 
-/* sums[b] = sum of squares of x[start[b]..stop[b]], in double, in a fixed order */
+/* Compute sums[b] = sum of squares of x from bounds[b,0] to bounds[b,1], in double, in a fixed order. */
 void NAME(block_sums)(double *sums, const float *x, const int64_t *bounds, long n) {
     for (long b = 0; b < n; b++) {
         double lane[8] = {0};
@@ -576,8 +584,8 @@ void NAME(block_sums)(double *sums, const float *x, const int64_t *bounds, long 
     }
 }
 
-/* out[i] = sum over b of buffers[b][i] for start <= i < stop, added in the order of b; buffer b begins at b * stride.
- * In pieces that stay in the cache. */
+/* Compute out[i] = sum over b of buffers[b][i] for start <= i < stop, added in the order of b, in pieces that stay in
+ * the cache. Buffer b begins at b * stride. */
 #define SUM_OVER_BUFFERS(name, type)                                                                               \
     void NAME(name)(type *restrict out, const type *restrict buffers, long stride, long count, long start, long stop) { \
         const long piece = 16384 / sizeof(type);                                                                   \
@@ -594,8 +602,9 @@ SUM_OVER_BUFFERS(sum_buffers, float)
 SUM_OVER_BUFFERS(sum_integers, int64_t)
 #undef SUM_OVER_BUFFERS
 
-/* sums[i] (+)= the integer nearest to x[i] * scale, ties to even; `scale` is a power of two. Whether any |x[i]| is not
- * below `limit`, NaN included: the conversion would turn it into nonsense silently. */
+/* Add the integer nearest to x[i] * scale (ties to even) to sums[i], or write it there with `fresh`; `scale` is a power
+ * of two. Return whether any |x[i]| is not below `limit` or is NaN, whose conversion would silently give a wrong
+ * integer. */
 long NAME(add_fixed)(int64_t *restrict sums, const float *restrict x, long n, float scale, float limit, long fresh) {
     int bad = 0;
     for (long i = 0; i < n; i++) {
@@ -608,12 +617,12 @@ long NAME(add_fixed)(int64_t *restrict sums, const float *restrict x, long n, fl
     return bad;
 }
 
-/* out[i] = sums[i] * unit */
+/* Compute out[i] = sums[i] * unit. */
 void NAME(from_fixed)(float *restrict out, const int64_t *restrict sums, long n, double unit) {
     for (long i = 0; i < n; i++) out[i] = (float)((double)sums[i] * unit);
 }
 
-/* `rounds` times 12 W multiply-adds on registers: the most that the processor can do. The result is of no use. */
+/* Do `rounds` times 12 W multiply-adds on registers, as fast as the processor can. The result has no meaning. */
 double NAME(multiply_adds)(long rounds) {
     volatile float half = 0.5f;
     const VEC x = NAME(splat)(half);

@@ -1,5 +1,6 @@
-/* What every instruction set needs: a level is one file that defines its sizes, includes layers.h and products.h, and
- * registers itself. levels.c keeps the list, from which Python takes the best that the processor has. */
+/* This header has what every level (instruction set) needs. A level is one file that defines its sizes, includes
+ * layers.h and products.h, and registers itself. levels.c keeps the list, from which Python takes the best level that
+ * the processor has. */
 
 #ifndef HIERMPI_LEVEL_H
 #define HIERMPI_LEVEL_H
@@ -16,7 +17,7 @@
 #define NAME(x) JOIN(x, LEVEL)
 #define INLINE static inline __attribute__((always_inline))
 
-/* GCC and clang vectors of 4, 8 and 16 floats, aligned and not, and integers as wide. */
+/* These are the vectors of GCC and clang: 4, 8 and 16 floats, aligned and unaligned, and integers of the same width. */
 #define VECTORS(w)                                                                    \
     typedef float vec##w __attribute__((vector_size(4 * w)));                         \
     typedef float vecu##w __attribute__((vector_size(4 * w), aligned(4), may_alias)); \
@@ -32,21 +33,21 @@ VECTORS(16)
 #define JOIN_WIDTH(a, w) JOIN_WIDTH_(a, w)
 #define JOIN_WIDTH_(a, w) a##w
 
-/* What is done with the tiles of a product: see products.h. */
+/* These constants say what is done with the tiles of a product, see products.h. */
 enum { WRITE, ADD, GELU, SLOPE };
 
 struct level {
     const char *name;
-    long floats;        /* in a register */
-    long own_products;  /* whether products.h is faster than a tuned BLAS: see hiermpi bench kernels */
-    long preference;    /* of levels that the processor has, the one with the greatest is taken */
+    long floats;        /* the number in a register */
+    long own_products;  /* whether products.h is faster than a tuned BLAS, see hiermpi bench kernels */
+    long preference;    /* Python takes the greatest of the levels that the processor has */
     int (*usable)(void);
     struct level *next;
 };
 
 void add_level(struct level *level);
 
-/* Registers the level of this file when the library is loaded. */
+/* This macro registers the level of a file when the library is loaded. */
 #define REGISTER_LEVEL(name, own_products, preference, usable)                           \
     static struct level this_level = {name, W, own_products, preference, usable, NULL};  \
     __attribute__((constructor)) static void register_this_level(void) { add_level(&this_level); }

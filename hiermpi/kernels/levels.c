@@ -1,10 +1,11 @@
-/* The instruction sets that this library was built with. Each registers itself when the library is loaded. */
+/* This file keeps the list of the levels (instruction sets) of this library. Each level registers itself when the
+ * library is loaded. */
 
 #include "level.h"
 
 static struct level *first;
 
-/* Keep the list in ascending order of preference. */
+/* Add a level to the list, which stays in ascending order of preference. */
 void add_level(struct level *level) {
     struct level **at = &first;
     while (*at && (*at)->preference < level->preference) at = &(*at)->next;
@@ -18,17 +19,17 @@ static const struct level *level_at(long index) {
     return level;
 }
 
-/* The name of a level, from the least to the most preferred; NULL behind the last. */
+/* Return the name of a level, counted from the least to the most preferred; return NULL after the last. */
 const char *level_name(long index) {
     const struct level *level = level_at(index);
     return level ? level->name : NULL;
 }
 
-/* Whether this processor has all that the level needs. */
+/* Tell whether this processor has all that the level needs. */
 long level_usable(long index) { return level_at(index)->usable(); }
 
-/* Floats in a register of the level. */
+/* Return the number of floats in a register of the level. */
 long level_floats(long index) { return level_at(index)->floats; }
 
-/* Whether the level's own products are faster than a tuned BLAS. */
+/* Tell whether the level's own products are faster than a tuned BLAS. */
 long level_own_products(long index) { return level_at(index)->own_products; }

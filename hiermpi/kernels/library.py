@@ -1,6 +1,6 @@
-"""The compiled libraries of this package: what their functions take, and which instruction sets they were built with.
+"""This module loads the compiled libraries, and knows their signatures and the instruction sets that were built.
 
-Each library is optional: where there was no compiler, the numpy specification does the same. The tables below mirror
+Each library is optional: where there was no compiler, the numpy specification is used. The tables below mirror
 the C sources; a test reads both and compares them.
 """
 
@@ -22,7 +22,7 @@ TYPES: dict[str, Any] = {
     "d": ctypes.c_double,
     "v": None,
 }
-"""p: address, s: text, i: int, l: long, u: uint32_t, f: float, d: double, v: nothing."""
+"""The C types by letter: p is an address, s a text, i int, l long, u uint32_t, f float, d double, and v void."""
 
 LAYERS = {
     "product": "pppp lll lll ll l",
@@ -48,7 +48,7 @@ LAYERS = {
     "from_fixed": "pp l d",
     "multiply_adds": "l -> d",
 }
-"""Arguments and result of each kernel in layers.h and products.h, of which every level has one: ``NAME_LEVEL``."""
+"""The signature of each kernel in layers.h and products.h; every level has one, called ``NAME_LEVEL``."""
 
 SIGNATURES = {
     "_layers": {
@@ -79,10 +79,10 @@ SIGNATURES = {
         "tell": "pppp ll -> i",
     },
 }
-"""Arguments and result of each function, by library."""
+"""The signature of each function, by library."""
 
 CONSTANTS = {"PACKED_STRIDE": 512, "PVECS": 3, "TABLE_BINS": 256, "LINE": 64, "ID_COLUMNS": 2}
-"""Numbers that Python and C must agree on, by their names in C."""
+"""The numbers on which Python and C must agree, by their names in C."""
 
 
 class Level(NamedTuple):
@@ -90,16 +90,16 @@ class Level(NamedTuple):
 
     name: str
     usable: bool
-    """Whether this processor has it."""
+    """Whether this processor has the instruction set."""
     floats: int
-    """Floats in a register."""
+    """The number of floats in a register."""
     own_products: bool
     """Whether its products are faster than a tuned BLAS; see ``hiermpi bench kernels``."""
 
 
 @cache
 def load_library(name: str) -> ctypes.CDLL | None:
-    """Load a library and say what its functions take; None where it was not built."""
+    """Load a library and declare the signatures of its functions; return None where it was not built."""
     for suffix in importlib.machinery.EXTENSION_SUFFIXES:
         path = FOLDER / f"{name}{suffix}"
         if path.exists():
@@ -111,7 +111,7 @@ def load_library(name: str) -> ctypes.CDLL | None:
 
 
 def declare(function: Any, signature: str) -> Any:
-    """Set the types of a function from a signature such as ``"pp l -> d"``, and return it."""
+    """Set the types of a function by a signature such as ``"pp l -> d"``; return the function."""
     arguments, _, result = signature.partition("->")
     function.argtypes = [TYPES[letter] for letter in arguments.replace(" ", "")]
     function.restype = TYPES[result.strip() or "v"]

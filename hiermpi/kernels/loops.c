@@ -1,20 +1,20 @@
-/* The loops of routing, of reading a batch and of the lattice. balance is the inner loop of transport.py, step for step:
- * it chooses the same moves, ties included. */
+/* This file has the loops of routing, of reading a batch and of the lattice. balance is the inner loop of
+ * assignment.py, step for step: it chooses the same moves, ties included. */
 
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
 
 #define NEVER ((int64_t)1 << 60)
-#define FAR (1 << 29)     /* the same here: the sum of two is still an int32 */
-#define LARGEST (1 << 26) /* sums of losses along any path stay below it, so that comparing them is comparing int64s */
-#define LANES 16          /* columns of losses in work at once */
+#define FAR (1 << 29)     /* NEVER as an int32: the sum of two is still an int32 */
+#define LARGEST (1 << 26) /* sums of losses along any path stay below it, so that no int32 overflows */
+#define LANES 16          /* columns of losses that are computed at once */
 
 typedef int32_t vec __attribute__((vector_size(16)));
 
 typedef struct {
     int32_t *worth;         /* (n, wide): the affinity, in rows of whole LANES */
-    uint64_t *inside;       /* (bins, words): a bit for each unit of a bin, so that units are met in their order */
+    uint64_t *inside;       /* (bins, words): a bit for each unit of a bin, so that units are visited in order */
     const int64_t *capacity;
     int64_t *place;         /* (n,) */
     int64_t *load, *idle;   /* (bins,) */
@@ -35,7 +35,7 @@ static vec loaded(const int32_t *from) {
     return v;
 }
 
-/* Runs the statement that follows for each unit i of a bin. */
+/* This macro runs the statement that follows it for each unit i of a bin. */
 #define FOR_UNITS(s, bin)                              \
     for (long word_ = 0; word_ < (s)->words; word_++) \
         for (uint64_t left_ = (s)->inside[(bin) * (s)->words + word_], i = 0; \
@@ -58,7 +58,7 @@ static void update_loss(const State *s, long bin) {
     }
 }
 
-/* Bellman-Ford, all bins at once per round, as numpy does it. */
+/* Find the shortest paths (Bellman-Ford), with all bins at once per round, as numpy does. */
 static void shortest_paths(const State *s) {
     int32_t *distance = s->distance, *shorter = s->shorter, *through = s->through;
     for (int better = 1; better;) {
@@ -91,7 +91,7 @@ static void put(const State *s, long i, long bin) {
     s->place[i] = bin;
 }
 
-/* Put up to `most` of the units that are tied for the loss of an edge into `destination`; how many there are. */
+/* Put up to `most` of the units that are tied for the loss of an edge into `destination`; return how many they are. */
 static int64_t tied(const State *s, long source, long target, int64_t most, long destination) {
     const int32_t loss = s->loss[source * s->wide + target];
     int64_t count = 0;
@@ -105,7 +105,7 @@ static int64_t tied(const State *s, long source, long target, int64_t most, long
     return count;
 }
 
-/* Move units along the path path[0] .. path[length], given last bin first. */
+/* Move units along the path path[0] .. path[length], in which the last bin comes first. */
 static void move(const State *s, const int64_t *path, long length, int64_t amount) {
     for (long k = 0; k < length; k++) {
         const long target = path[k], source = path[k + 1];
@@ -113,7 +113,7 @@ static void move(const State *s, const int64_t *path, long length, int64_t amoun
         const int64_t movable = tied(s, source, target, amount, source) + idle;
         if (movable < amount) amount = movable;
     }
-    for (long k = 0; k < length; k++) { /* the last edge first: nothing that has moved is met again */
+    for (long k = 0; k < length; k++) { /* the last edge comes first, so that no unit moves twice */
         const long target = path[k], source = path[k + 1];
         int64_t idle = s->loss[source * s->wide + target] == 0 ? s->idle[source] : 0;
         if (idle > amount) idle = amount;
@@ -155,7 +155,7 @@ static void settle(const State *s) {
     }
 }
 
-/* The bins that units prefer at these prices, and idle units in the cheapest: as _Assignment begins. */
+/* Put units into the bins that they prefer at these prices, and idle units into the cheapest, as _Assignment begins. */
 static void choose(const int32_t *affinity, const int64_t *capacity, const int64_t *prices, int64_t *place,
                    int64_t *load, int64_t *idle, long n, long bins) {
     int64_t left = -n;
@@ -185,8 +185,9 @@ static void choose(const int32_t *affinity, const int64_t *capacity, const int64
     idle[cheapest] += left;
 }
 
-/* Everything is as in _Assignment; `loss` (bins, bins) is written. Where there are prices (bins,), place, load and idle are
- * chosen by them first. 0 where values are too large for this form, or memory is short: then nothing has changed. */
+/* Balance an _Assignment; `loss` (bins, bins) is written. Where there are prices (bins,), place, load and idle are
+ * chosen by them first. Return 0 where values are too large for this form, or memory is short; then nothing has
+ * changed. */
 int balance(const int32_t *affinity, const int64_t *capacity, const int64_t *prices, int64_t *place, int64_t *load,
             int64_t *idle, int64_t *loss, long n, long bins) {
     for (long k = 0; k < n * bins; k++)
@@ -214,8 +215,9 @@ int balance(const int32_t *affinity, const int64_t *capacity, const int64_t *pri
     return 1;
 }
 
-/* Where the sequences of each unit go: leaf and bin (n,), each bin's leaves in turn. Leaves of bin b are
- * leaves[bounds[b]] to leaves[bounds[b + 1]]. totals: the counts (n, bins) of all bins, and of those chosen. */
+/* Write leaf and bin (n,) of each sequence; the units of a bin go to its leaves in turn. The leaves of bin b are
+ * leaves[bounds[b]] to leaves[bounds[b + 1]]. totals gets the sum of the counts (n, bins), and that of the chosen bins.
+ * */
 void deal(int64_t *leaf, int64_t *bin, int64_t *totals, const int32_t *counts, const int64_t *unit_bin,
           const int64_t *leaves, const int64_t *bounds, int64_t *turn, long n, long unit, long bins) {
     totals[0] = totals[1] = 0;
@@ -232,7 +234,8 @@ void deal(int64_t *leaf, int64_t *bin, int64_t *totals, const int32_t *counts, c
     }
 }
 
-/* counts (n, bins): tokens of each group in each row of tokens, whose rows are `stride` apart; below 0 is padding. */
+/* Add to counts (n, bins) the tokens of each group in each row of tokens; rows are `stride` apart, and tokens below 0
+ * are padding. */
 void count_groups(int32_t *counts, const int32_t *tokens, const uint8_t *group_of_token, long n, long length,
                   long stride, long bins) {
     for (long i = 0; i < n; i++) {
@@ -244,13 +247,13 @@ void count_groups(int32_t *counts, const int32_t *tokens, const uint8_t *group_o
     }
 }
 
-#define ID_COLUMNS 2 /* int32s that hold the id of a sequence */
-#define AHEAD 4   /* sequences whose tokens are on their way from memory */
-#define TABLES 4  /* a group that comes again at once does not wait for its count */
+#define ID_COLUMNS 2 /* the int32s that hold the id of a sequence */
+#define AHEAD 4   /* sequences whose tokens are prefetched */
+#define TABLES 4  /* tables of counts, so that a group that repeats need not wait for its count */
 #define TABLE_BINS 256
 
-/* The rows (n, 2 + length) of the sequences that begin at each of starts (n,), and the counts (n, bins) of their groups
- * but for the last token. */
+/* Write the records (n, 2 + length) of the sequences that begin at starts (n,), and the counts (n, bins) of the groups
+ * of all their tokens but the last. */
 #define READ_ROWS(NAME, TYPE)                                                                                     \
     void NAME(int32_t *rows, int32_t *counts, const TYPE *tokens, const int64_t *ids, const int64_t *starts,    \
               const int32_t *row_of_token, const uint8_t *group_of_token, long n, long length, long bins) {       \
@@ -281,10 +284,10 @@ void count_groups(int32_t *counts, const int32_t *tokens, const uint8_t *group_o
 READ_ROWS(read_rows16, uint16_t)
 READ_ROWS(read_rows32, uint32_t)
 
-#define PART 64 /* columns in work at once */
+#define PART 64 /* columns that are computed at once */
 
-/* The lattice's gradient of the rows of one class, added to out (V, width), and its share of the loss over `coupling`: as
- * Lattice.add_gradient has it. The class's own rows, like those of the others, are bounds[class] to bounds[class + 1]. */
+/* Add the lattice's gradient of the rows of one class to out (V, width); return the class's share of the loss over
+ * `coupling`, see Lattice in model/parameters.py. The rows of a class are bounds[class] to bounds[class + 1]. */
 double pull_together(float *out, const float *table, const int64_t *bounds, const float *factors, long classes,
                      long class, long width, float coupling) {
     const long first = bounds[class], size = bounds[class + 1] - first;

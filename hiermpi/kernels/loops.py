@@ -1,7 +1,7 @@
-"""The loops of reading, routing and coupling: each in numpy, which is the specification, and compiled (loops.c).
+"""This module has the loops of reading, routing and coupling, each in numpy and compiled (loops.c).
 
-Callers see one function for each loop. Where the library was built and the arrays have the types that it takes, the
-compiled form runs; both give the same result.
+The numpy form is the specification. Callers see one function for each loop. Where the library was built and the arrays
+have the types that it takes, the compiled form runs; both give the same result.
 """
 
 import ctypes
@@ -17,9 +17,9 @@ from hiermpi.kernels.library import load_library
 from hiermpi.kernels.memory import address_of, plain_float32
 
 ID_COLUMNS = 2
-"""Columns of a sequence record that hold its id, an int64, in loops.c too."""
+"""The number of int32 columns of a record that hold its int64 id, in loops.c too."""
 MOST_BINS = 256
-"""Bins that read_rows of loops.c has tables for."""
+"""The most bins for which read_rows of loops.c has tables."""
 
 
 @cache
@@ -29,16 +29,16 @@ def compiled_loops() -> ctypes.CDLL | None:
 
 
 class Dealt(NamedTuple):
-    """Where the sequences of a batch go."""
+    """The result of routing: where the sequences of a batch go."""
 
     leaf: NDArray[np.int64]
-    """(B,) rank of each sequence."""
+    """(B,) The rank that computes each sequence."""
     bin: NDArray[np.int64]
-    """(B,) bin of each sequence."""
+    """(B,) The bin of each sequence."""
     tokens: int
-    """Tokens of all sequences."""
+    """The number of tokens of all sequences."""
     own_tokens: int
-    """Those of them that are of the group whose bin they are in."""
+    """The number of those tokens that belong to the group in whose bin they are."""
 
 
 def count_groups(
@@ -47,12 +47,12 @@ def count_groups(
     """Count the tokens of each group in each sequence.
 
     Args:
-        tokens: (B, T) token ids; entries below 0 are padding and count for nothing.
-        group_of_token: (V,) group of each token id, below ``bins``.
-        bins: Columns of the result.
+        tokens: (B, T) The token ids; entries below 0 are padding and are not counted.
+        group_of_token: (V,) The group of each token id, below ``bins``.
+        bins: The number of columns of the result.
 
     Returns:
-        (B, bins) counts.
+        (B, bins) The counts.
     """
     n, loops = len(tokens), compiled_loops()
     if loops is not None and tokens.dtype == np.int32 and tokens.strides[1:] == (4,):
@@ -60,7 +60,7 @@ def count_groups(
         arrays = (counts, tokens, group_of_token)
         loops.count_groups(*map(address_of, arrays), n, tokens.shape[1], tokens.strides[0] // 4, bins)
         return counts
-    cell = bins * np.arange(n)[:, None] + group_of_token[tokens]  # of padding some token's, taken out below
+    cell = bins * np.arange(n)[:, None] + group_of_token[tokens]  # padding's cells are removed below
     present = tokens >= 0
     counted = cell.reshape(-1) if present.all() else cell[present]
     return np.bincount(counted, minlength=n * bins).astype(np.int32).reshape(n, bins)
@@ -73,14 +73,14 @@ def deal(
     leaves: NDArray[np.int64],
     bounds: NDArray[np.int64],
 ) -> Dealt:
-    """Send the units of each bin to its leaves in turn, in the order of the batch.
+    """Assign the units of each bin to its leaves in turn, in the order of the batch.
 
     Args:
-        counts: (B, bins) tokens of each group in each sequence.
-        unit_bin: (units,) bin of each unit.
-        unit: Sequences of a unit; the last one may have fewer.
-        leaves: Ranks of all bins, one bin after another.
-        bounds: (bins + 1,) where each bin's ranks begin, and their number.
+        counts: (B, bins) The tokens of each group in each sequence.
+        unit_bin: (units,) The bin of each unit.
+        unit: The number of sequences of a unit; the last unit may have fewer.
+        leaves: The ranks of all bins, one bin after another.
+        bounds: (bins + 1,) The indices in ``leaves`` at which the bins begin, and the number of leaves.
     """
     (n, bins), loops = counts.shape, compiled_loops()
     if loops is not None:
@@ -97,10 +97,10 @@ def deal(
 
 
 def leaves_in_turn(bins: NDArray[np.integer], leaves: Sequence[Sequence[int] | NDArray[np.int64]]) -> NDArray[np.int64]:
-    """Return the leaf of each unit: the units of a bin go to its leaves in turn, in the order of the batch.
+    """Return the (n,) leaf of each unit: the units of a bin go to its leaves in turn, in the order of the batch.
 
     Args:
-        bins: (n,) bin of each unit.
+        bins: (n,) The bin of each unit.
         leaves: The ranks of each bin.
     """
     leaf = np.empty(len(bins), np.int64)
@@ -123,16 +123,16 @@ def read_records(
     """Write the records of a batch, and count the groups of its tokens, in one pass.
 
     Args:
-        records: (B, ID_COLUMNS + T + 1) written: the sequence's id, then the rows of its tokens.
-        tokens: (n,) token ids of a split, uint16 or uint32.
-        sequence_ids: (B,) ids of the sequences.
-        starts: (B,) where each of them begins in the split.
-        row_of_token: (V,) row of the model's table for each token id.
-        group_of_token: (V,) group of each token id, below ``bins``.
-        bins: Columns of the result.
+        records: (B, ID_COLUMNS + T + 1) The records to write: the sequence's id, then the rows of its tokens.
+        tokens: (n,) The token ids of a split, uint16 or uint32.
+        sequence_ids: (B,) The ids of the sequences.
+        starts: (B,) The positions in the split at which the sequences begin.
+        row_of_token: (V,) The row of the model's table for each token id.
+        group_of_token: (V,) The group of each token id, below ``bins``.
+        bins: The number of columns of the result.
 
     Returns:
-        (B, bins) counts over all tokens but the last of each sequence.
+        (B, bins) The counts over all tokens but the last of each sequence.
     """
     n, length, loops = len(starts), records.shape[1] - ID_COLUMNS, compiled_loops()
     if loops is not None and bins <= MOST_BINS:
@@ -162,15 +162,15 @@ def pull_together(
     exist; see :mod:`hiermpi.model.parameters` for the formula.
 
     Args:
-        out: (V, C) gradient, added to.
-        table: (V, C) embeddings, class after class.
-        bounds: (S + 1,) rows at which the classes begin, and V.
-        factors: For each class (n, 1): the number of neighbours of each row, plus one.
-        coupling: The strength.
-        classes: The classes whose rows are meant.
+        out: (V, C) The gradient, to which is added.
+        table: (V, C) The embeddings, class after class.
+        bounds: (S + 1,) The rows at which the classes begin, and V.
+        factors: The (n, 1) arrays, one for each class, of the number of neighbours of each row, plus one.
+        coupling: The strength of the coupling.
+        classes: The numbers of the classes whose rows get a gradient.
 
     Returns:
-        (S,) share of each of these classes in the loss.
+        (S,) The share of each of these classes in the loss.
     """
     losses, width = np.zeros(len(factors)), table.shape[1]
     loops = compiled_loops()

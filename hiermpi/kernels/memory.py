@@ -1,4 +1,4 @@
-"""The libraries compiled at install, each of them optional, what they are called with, and the C library's memory."""
+"""This module finds compiled libraries and the addresses of arrays, and allocates aligned memory."""
 
 import ctypes
 import importlib.machinery
@@ -11,11 +11,11 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 ALIGNMENT = 64
-"""Bytes of a cache line: every tensor starts on one, whatever the element type."""
+"""The bytes of a cache line: every tensor starts on one, whatever its element type."""
 
 
 def built_library(folder: Path, name: str) -> ctypes.CDLL | None:
-    """The library ``name`` in ``folder``; None where it was not built."""
+    """Return the library ``name`` in ``folder``; None where it was not built."""
     for suffix in importlib.machinery.EXTENSION_SUFFIXES:
         path = folder / f"{name}{suffix}"
         if path.exists():
@@ -24,29 +24,29 @@ def built_library(folder: Path, name: str) -> ctypes.CDLL | None:
 
 
 def give_back_memory() -> None:
-    """Have the C library give the system what was freed; where it cannot, nothing happens."""
+    """Return freed memory from the C library to the system; where the library cannot do so, nothing happens."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
 
 
 def address_of(array: NDArray[Any]) -> int:
-    """Address of an array's first byte. The caller keeps the array alive, and C-contiguous."""
+    """Return the address of an array's first byte; the caller must keep the array alive, and C-contiguous."""
     if DATA_FIELD:
         return ctypes.c_void_p.from_address(id(array) + DATA_FIELD).value or 0
     return array.__array_interface__["data"][0]
 
 
 def plain_float32(*arrays: NDArray[Any]) -> bool:
-    """Whether compiled loops can work on these arrays: float32, C-contiguous."""
+    """Tell whether compiled loops can use these arrays: all must be float32 and C-contiguous."""
     return all(array.dtype == np.float32 and array.flags.c_contiguous for array in arrays)
 
 
 def data_field() -> int:
-    """Where an array object keeps its address, which reads six times faster there than by asking the array; else 0.
+    """Return the byte offset in an array object at which numpy keeps the data's address; 0 where it is not known.
 
-    In CPython the address of an object is its id, and behind the header that all objects have, numpy's
-    PyArrayObject_fields begins with ``char *data``.
+    Reading the address there is six times faster than asking the array. In CPython the address of an object is its id,
+    and behind the header that all objects have, numpy's PyArrayObject_fields begins with ``char *data``.
     """
     if sys.implementation.name != "cpython":
         return 0
@@ -62,7 +62,7 @@ DATA_FIELD = data_field()
 
 
 def aligned_empty(size: int, dtype: DTypeLike) -> NDArray:
-    """An uninitialised 1-D array of ``size`` elements whose first byte is aligned to :data:`ALIGNMENT`."""
+    """Return an uninitialised 1-D array of ``size`` elements whose first byte is aligned to :data:`ALIGNMENT`."""
     nbytes = size * np.dtype(dtype).itemsize
     raw = np.empty(nbytes + ALIGNMENT, np.uint8)
     start = -raw.ctypes.data % ALIGNMENT
@@ -70,14 +70,14 @@ def aligned_empty(size: int, dtype: DTypeLike) -> NDArray:
 
 
 def aligned_zeros(size: int, dtype: DTypeLike) -> NDArray:
-    """The same, zeroed."""
+    """Return a zeroed 1-D array of ``size`` elements whose first byte is aligned to :data:`ALIGNMENT`."""
     array = aligned_empty(size, dtype)
     array[:] = 0
     return array
 
 
 def lazy_zeros(size: int, dtype: DTypeLike) -> NDArray:
-    """The same as :func:`aligned_zeros`, but the system gives memory only to the pages that are written."""
+    """Return an array as :func:`aligned_zeros` does, for which the system provides only the pages that are written."""
     nbytes = size * np.dtype(dtype).itemsize
     raw = np.zeros(nbytes + ALIGNMENT, np.uint8)
     start = -raw.ctypes.data % ALIGNMENT
@@ -85,12 +85,12 @@ def lazy_zeros(size: int, dtype: DTypeLike) -> NDArray:
 
 
 def round_up(nbytes: int) -> int:
-    """``nbytes`` rounded up to cache lines."""
+    """Return ``nbytes`` rounded up to whole cache lines."""
     return -(-nbytes // ALIGNMENT) * ALIGNMENT
 
 
 def offsets_of(*nbytes: int) -> list[int]:
-    """Offsets of pieces of so many bytes one after the other in whole cache lines, and where the last one ends."""
+    """Return the byte offsets of pieces of so many bytes, each in whole cache lines, and the end of the last one."""
     return [0, *accumulate(map(round_up, nbytes))]
 
 

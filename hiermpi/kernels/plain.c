@@ -1,4 +1,4 @@
-/* Whatever the compiler's baseline is: vectors of four floats, which every processor has in some form. */
+/* This level is the compiler's baseline: vectors of four floats, which every processor has in some form. */
 
 #include "level.h"
 

@@ -1,14 +1,14 @@
-/* Matrix products, once per instruction set like layers.h, whose loads and stores they use.
+/* These are the matrix products, compiled once per instruction set like layers.h, whose loads and stores they use.
  *
- * c[M,N] = a b with a[r,k] at r * ars + k * aks and b[k,j] at k * bks + j * bjs, one of bks, bjs being 1. Panels of
- * b, PCOLS columns wide, are copied so that they are read in order and stay in the level 2 cache; each is used for all
- * rows of a, PROWS at a time, whose tile of c is held in registers. (Goto and van de Geijn, Anatomy of high-performance
- * matrix multiplication, 2008, without the blocking that larger caches and smaller matrices make unnecessary.) While a
- * tile is computed, its place in c and a part of the next panel are fetched. What follows a product element by element
- * is done while the tile is still in registers.
+ * A product is c[M,N] = a b with a[r,k] at r * ars + k * aks and b[k,j] at k * bks + j * bjs, where bks or bjs is 1.
+ * Panels of b, PCOLS columns wide, are copied so that they are read in order and stay in the level 2 cache; each is
+ * used for all rows of a, PROWS at a time, whose tile of c is held in registers. The method is that of Goto and van de
+ * Geijn, Anatomy of high-performance matrix multiplication (2008), without the blocking that larger caches and smaller
+ * matrices make unnecessary. While a tile is computed, its memory in c and a part of the next panel are prefetched.
+ * Elementwise operations that follow a product are done while the tile is still in registers.
  *
- * Every element is the sum over k in order, by one fused multiply-add each: it does not depend on where in the matrix
- * it stands, nor on how many rows there are.
+ * Every element is the sum over k in order, by one fused multiply-add for each k: it does not depend on its position in
+ * the matrix, nor on the number of rows.
  */
 
 #define PVECS 3
@@ -16,21 +16,21 @@
 #define PACKED_STRIDE 512
 #define AHEAD 16
 
-/* What becomes of the tiles, by the `end` of a product: c = ab, c += ab, c = gelu(ab + bias) with its slope, or
- * c = ab * slope with its column sums. */
+/* The arrays to which tiles are written. The argument `end` of a product says how: c = ab, c += ab, c = gelu(ab + bias)
+ * with its slope, or c = ab * slope with its column sums. */
 typedef struct {
     float *c;
-    long ldc; /* of c, and of slope */
+    long ldc; /* the stride of rows of c and of slope */
     float *slope;
     const float *bias;
     float *sums;
 } NAME(Result);
 
-/* The lines of the next panel, to be fetched a few for every AHEAD steps along k. */
+/* The cache lines of the next panel that are still to be prefetched, a few for every AHEAD steps along k. */
 typedef struct {
     const char *line;
-    long rows, stride, lines; /* rows left, bytes from one to the next, lines of each */
-    long place, each;         /* line within the row; how many at a time */
+    long rows, stride, lines; /* rows left, bytes from one row to the next, lines of each row */
+    long place, each;         /* the line within the row, and the number of lines at a time */
 } NAME(Ahead);
 
 INLINE void NAME(fetch)(NAME(Ahead) *next) {
@@ -44,7 +44,8 @@ INLINE void NAME(fetch)(NAME(Ahead) *next) {
     }
 }
 
-/* The place of row r of a tile. Row by row between the steps along k: all at once they keep other loads waiting. */
+/* Prefetch the memory of row r of a tile. This is done row by row between the steps along k, as all rows at once would
+ * delay other loads. */
 INLINE void NAME(fetch_place)(const NAME(Result) *to, long r, long j, const int end, const int vecs) {
     for (int v = 0; v < vecs; v++) {
         const long at = r * to->ldc + j + W * v;
@@ -62,7 +63,7 @@ INLINE void NAME(store_up_to)(float *p, VEC x, long n) {
         NAME(store_part)(p, x, n);
 }
 
-/* A register of a finished tile to its place: row r, from column j on, where `left` columns are. */
+/* Write one register of a finished tile: row r, from column j on, of which `left` columns exist. */
 INLINE void NAME(finish)(const NAME(Result) *to, long r, long j, long left, VEC x, VEC *sum, const int end) {
     const long at = r * to->ldc + j;
     VEC slope;
@@ -78,7 +79,7 @@ INLINE void NAME(finish)(const NAME(Result) *to, long r, long j, long left, VEC 
     NAME(store_up_to)(to->c + at, x, left);
 }
 
-/* Rows r..r+rows of a panel's columns, which begin at column j; a is that of row r. */
+/* Compute rows r..r+rows of a panel's columns, which begin at column j; `a` points to row r. */
 INLINE void NAME(product_tile)(const NAME(Result) *to, long r, long j, const float *a, long ars, long aks,
                                const float *panel, long K, long width, NAME(Ahead) *next, VEC *sums, const int end,
                                const int rows, const int vecs) {
@@ -102,7 +103,7 @@ INLINE void NAME(product_tile)(const NAME(Result) *to, long r, long j, const flo
         for (int v = 0; v < vecs; v++) NAME(finish)(to, r + i, j + W * v, width - W * v, acc[i][v], sums + v, end);
 }
 
-/* packed: of a's rows, PROWS at a time, or NULL */
+/* Compute all rows of a panel's columns; `packed` has the rows of a packed PROWS at a time, or is NULL. */
 INLINE void NAME(product_rows)(const NAME(Result) *to, long j, const float *a, long ars, long aks, const float *packed,
                                const float *panel, long M, long K, long width, NAME(Ahead) *next, const int end,
                                const int vecs) {
@@ -123,7 +124,7 @@ INLINE void NAME(product_rows)(const NAME(Result) *to, long j, const float *a, l
     }
 }
 
-/* panel[k, 0..cols) = b[k, 0..width), zero beyond the width */
+/* Copy panel[k, 0..cols) = b[k, 0..width), with zeros beyond the width. */
 INLINE void NAME(product_panel)(float *panel, const float *b, long bks, long bjs, long K, long width, long cols) {
     if (width < cols) memset(panel, 0, 4 * (size_t)(K * cols));
     if (bjs != 1) {
@@ -135,8 +136,8 @@ INLINE void NAME(product_panel)(float *panel, const float *b, long bks, long bjs
             NAME(store_up_to)(panel + k * cols + v, NAME(load_up_to)(b + k * bks + v, width - v), width - v);
 }
 
-/* packed[r * K + k * PROWS + i] = a[r + i, k] for all full tiles of a transposed a whose stride is a multiple of 2 KB:
- * read along k, it would fall into two sets of the cache. A cache line of a at a time. */
+/* Copy packed[r * K + k * PROWS + i] = a[r + i, k] for all full tiles, a cache line of a at a time. This is for a
+ * transposed a whose stride is a multiple of 2 KB: read along k, it would use two sets of the cache alone. */
 INLINE void NAME(product_pack)(float *packed, const float *a, long aks, long M, long K) {
     long r = 0;
     for (; r + 16 <= M; r += 16)
@@ -148,14 +149,14 @@ INLINE void NAME(product_pack)(float *packed, const float *a, long aks, long M, 
         for (long k = 0; k < K; k++) memcpy(packed + r * K + k * PROWS, a + r + k * aks, 4 * PROWS);
 }
 
-/* The lines of `width` columns of b from `b` on, spread over the tiles that use the panel before them. */
+/* Return the cache lines of `width` columns of b, spread over the tiles that use the panel before them. */
 INLINE NAME(Ahead) NAME(ahead_of)(const float *b, long bks, long bjs, long M, long K, long width) {
     const long turns = (M / PROWS + 1) * ((K + AHEAD - 1) / AHEAD);
     const long rows = bjs == 1 ? K : width, columns = bjs == 1 ? width : K, lines = (columns + 15) / 16;
     return (NAME(Ahead)){(const char *)b, rows, 4 * (bjs == 1 ? bks : bjs), lines, 0, (rows * lines + turns - 1) / turns};
 }
 
-/* scratch holds K * (PCOLS + M) floats, K * PCOLS where a is not packed */
+/* Compute a product with any end. scratch holds K * (PCOLS + M) floats, or K * PCOLS where a is not packed. */
 INLINE void NAME(products)(const NAME(Result) *to, const float *a, const float *b, float *scratch, long M, long N,
                            long K, long ars, long aks, long bks, long bjs, const int end) {
     float *packed = ars == 1 && aks % PACKED_STRIDE == 0 && N > PCOLS ? scratch + K * PCOLS : NULL;
@@ -174,7 +175,7 @@ INLINE void NAME(products)(const NAME(Result) *to, const float *a, const float *
     }
 }
 
-/* c (+)= a b */
+/* Compute c = a b, or c += a b with `add`. */
 void NAME(product)(float *c, const float *a, const float *b, float *scratch, long M, long N, long K, long ldc, long ars,
                    long aks, long bks, long bjs, long add) {
     const NAME(Result) to = {c, ldc, NULL, NULL, NULL};
@@ -184,14 +185,14 @@ void NAME(product)(float *c, const float *a, const float *b, float *scratch, lon
         NAME(products)(&to, a, b, scratch, M, N, K, ars, aks, bks, bjs, WRITE);
 }
 
-/* out = gelu(a b + bias), slope = gelu'(a b + bias); all matrices C-contiguous */
+/* Compute out = gelu(a b + bias) and slope = gelu'(a b + bias); all matrices are C-contiguous. */
 void NAME(product_gelu)(float *out, float *slope, const float *a, const float *b, const float *bias, float *scratch,
                         long M, long N, long K) {
     const NAME(Result) to = {out, N, slope, bias, NULL};
     NAME(products)(&to, a, b, scratch, M, N, K, K, 1, N, 1, GELU);
 }
 
-/* out = (a b^T) * slope, dbias += its column sums; all matrices C-contiguous, b[N,K] */
+/* Compute out = (a b^T) * slope, and add its column sums to dbias; all matrices are C-contiguous, b is b[N,K]. */
 void NAME(product_slope)(float *out, float *dbias, const float *a, const float *b, const float *slope, float *scratch,
                          long M, long N, long K) {
     const NAME(Result) to = {out, N, (float *)slope, NULL, dbias};
