@@ -161,7 +161,7 @@ class OneNodeReduction(SharedReduction):
         return self._sum
 
     def exchange(self, values: NDArray[np.float64] | None) -> None:
-        """Exchange the numbers of the owners' blocks, which is a barrier of the owners; see :meth:`Reduction.exchange`."""
+        """Exchange the numbers of the owners' blocks, a barrier of the owners; see :meth:`Reduction.exchange`."""
         if values is not None:
             self._exchanged[: len(values), self._blocks] = values[:, self._blocks]
             self._owners.meet()

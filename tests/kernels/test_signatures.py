@@ -1,4 +1,4 @@
-"""The tables of kernels/library.py against the C sources: every function, what it takes and gives, and the constants."""
+"""The tables of kernels/library.py against the C sources: functions, what they take and give, and constants."""
 
 import re
 from pathlib import Path
@@ -30,7 +30,8 @@ def kind(declared):
     """Return the letter of library.TYPES for a C parameter or result."""
     if "*" in declared:
         return "s" if re.search(r"const char \*$", declared.strip()) else "p"
-    for word, letter in (("void", "v"), ("double", "d"), ("float", "f"), ("uint32_t", "u"), ("long", "l"), ("int", "i")):
+    letters = {"void": "v", "double": "d", "float": "f", "uint32_t": "u", "long": "l", "int": "i"}
+    for word, letter in letters.items():
         if re.search(rf"\b{word}\b", declared):
             return letter
     raise AssertionError(declared)
