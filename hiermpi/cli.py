@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn, TextIO
 
-from hiermpi import __version__, signals
+from hiermpi import signals
 from hiermpi.config.registry import COMMANDS
 from hiermpi.errors import EXIT_ERROR, UsageError, UserError
 
@@ -38,6 +38,16 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(f"{message} (see {self.prog} --help)")
 
 
+class ShowVersion(argparse.Action):
+    """Prints the version and exits."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
+        from importlib.metadata import version
+
+        print(f"hiermpi {version('hiermpi')}")
+        parser.exit()
+
+
 def build_parser() -> Parser:
     """Make the parser of all commands."""
     parser = Parser(
@@ -46,7 +56,7 @@ def build_parser() -> Parser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--version", action="version", version=f"hiermpi {__version__}")
+    parser.add_argument("--version", action=ShowVersion, nargs=0, help="show the version and exit")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
     for name, command in COMMANDS.items():
         child = commands.add_parser(

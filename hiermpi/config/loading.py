@@ -5,7 +5,6 @@ Only rank 0 does this; the result is broadcast, so other ranks never import pyda
 
 import argparse
 import difflib
-import math
 import tomllib
 from collections.abc import Mapping
 from dataclasses import fields
@@ -13,9 +12,8 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import tomli_w
-from pydantic import TypeAdapter, ValidationError
 
-from hiermpi.config.schema import SECTIONS, Config, flatten
+from hiermpi.config.schema import SECTIONS, Config, build, flatten, nearest, require_setting
 from hiermpi.errors import UsageError
 
 ENVIRONMENT_PREFIX = "HIERMPI_"
@@ -23,24 +21,6 @@ RESERVED_VARIABLES = frozenset({"HIERMPI_FAULT", "HIERMPI_KERNELS"})
 """The variables of hiermpi that are not settings; tests use them."""
 MAX_FILE_BYTES = 1 << 20
 PRESETS = Path(__file__).parent / "presets"
-
-_SENTENCES = {
-    "int_parsing": "expected a whole number",
-    "int_type": "expected a whole number",
-    "int_from_float": "expected a whole number",
-    "int_parsing_size": "expected a smaller number",
-    "float_parsing": "expected a number",
-    "float_type": "expected a number",
-    "finite_number": "expected a finite number",
-    "bool_parsing": "expected true or false",
-    "bool_type": "expected true or false",
-    "string_type": "expected a text",
-    "greater_than_equal": "expected at least {ge}",
-    "greater_than": "expected more than {gt}",
-    "less_than": "expected less than {lt}",
-    "literal_error": "expected {expected}",
-}
-
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     """Give ``parser`` the flag ``--config`` and one flag ``--section.field`` per setting."""
@@ -87,15 +67,7 @@ def load_config(arguments: argparse.Namespace, environment: Mapping[str, str]) -
     for name in known:
         if hasattr(arguments, name):
             settings[name] = (getattr(arguments, name), f"--{name}")
-    return _build(settings)
-
-
-def config_from_flat(values: Mapping[str, Any], origin: str) -> Config:
-    """Make the validated configuration of ``{"section.field": value}``; missing settings take their defaults."""
-    known = flatten(Config())
-    for name in values:
-        _require_known(name, known, origin)
-    return _build({name: (value, f"{name} in {origin}") for name, value in values.items()})
+    return build(settings)
 
 
 def config_to_toml(config: Config) -> str:
@@ -136,12 +108,12 @@ def _from_file(path: Path, known: Mapping[str, Any]) -> dict[str, tuple[Any, str
     settings: dict[str, tuple[Any, str]] = {}
     for section, entries in table.items():
         if section not in SECTIONS:
-            raise UsageError(f'{path}: unknown section "{section}"{_nearest(section, SECTIONS)}')
+            raise UsageError(f'{path}: unknown section "{section}"{nearest(section, SECTIONS)}')
         if not isinstance(entries, dict):
             raise UsageError(f"{path}: {section} is a section: write [{section}] with its settings below")
         for key, value in entries.items():
             name = f"{section}.{key}"
-            _require_known(name, known, str(path))
+            require_setting(name, known, str(path))
             settings[name] = (value, f"{name} in {path}")
     return settings
 
@@ -157,71 +129,13 @@ def _from_environment(environment: Mapping[str, str], known: Mapping[str, Any]) 
             meant = "__" in variable or difflib.get_close_matches(variable, variables, n=1, cutoff=0.9)
             if not meant:  # a variable such as HIERMPI_ROOT, which module systems set
                 continue
-            raise UsageError(f"unknown environment variable {variable}{_nearest(variable, variables)}")
+            raise UsageError(f"unknown environment variable {variable}{nearest(variable, variables)}")
         settings[name] = (environment[variable], variable)
     return settings
-
-
-def _require_known(name: str, known: Mapping[str, Any], origin: str) -> None:
-    if name not in known:
-        raise UsageError(f'{origin}: unknown setting "{name}"{_nearest(name, known)}')
 
 
 def unknown_flag_message(flag: str) -> str:
     """Return the message about a flag that no command knows."""
     name = flag.split("=", maxsplit=1)[0]
-    return f"unknown option {name}{_nearest(name, ['--' + entry for entry in flatten(Config())])}"
+    return f"unknown option {name}{nearest(name, ['--' + entry for entry in flatten(Config())])}"
 
-
-def _nearest(name: str, choices: Any) -> str:
-    found = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.5)
-    return f': did you mean "{found[0]}"?' if found else f": valid are {', '.join(list(choices)[:8])} ..."
-
-
-def _build(settings: Mapping[str, tuple[Any, str]]) -> Config:
-    sections: dict[str, Any] = {}
-    for section, kind in SECTIONS.items():
-        hints = get_type_hints(kind, include_extras=True)
-        values = {}
-        for entry in fields(kind):
-            name = f"{section}.{entry.name}"
-            if name in settings:
-                value, origin = settings[name]
-                values[entry.name] = _convert(hints[entry.name], value, origin)
-        try:
-            sections[section] = kind(**values)
-        except ValueError as error:
-            raise UsageError(str(error)) from None
-    return Config(**sections)
-
-
-def _convert(hint: Any, value: Any, origin: str) -> Any:
-    if hint is str and isinstance(value, int | float) and not isinstance(value, bool):
-        value = str(value)  # a duration may be written as a plain number
-    if get_origin(hint) is dict:
-        return _table(value, origin)
-    if isinstance(value, bool) and hint is not bool:
-        raise UsageError(f"{origin} = {str(value).lower()}: expected a value other than true or false")
-    try:
-        converted = TypeAdapter(hint).validate_python(value)
-    except ValidationError as error:
-        first = error.errors()[0]
-        sentence = _SENTENCES.get(first["type"], first["msg"][:1].lower() + first["msg"][1:])
-        shown = repr(value) if isinstance(value, str) else str(value)
-        raise UsageError(f"{origin} = {shown[:80]}: {sentence.format(**first.get('ctx', {}))}") from None
-    if isinstance(converted, float) and not math.isfinite(converted):
-        raise UsageError(f"{origin} = {value}: expected a finite number")
-    return converted
-
-
-def _table(value: Any, origin: str) -> dict[str, Any]:
-    """Return a table of plain values from a TOML table, or from the text of an inline one such as ``{hidden = 64}``."""
-    if isinstance(value, str):
-        try:
-            value = tomllib.loads(f"table = {value}")["table"]
-        except (tomllib.TOMLDecodeError, RecursionError):
-            raise UsageError(f"{origin} = {value[:80]!r}: expected a TOML table such as {{hidden = 64}}") from None
-    plain = isinstance(value, dict) and all(isinstance(entry, int | float | str | bool) for entry in value.values())
-    if not plain:
-        raise UsageError(f"{origin}: expected a table of numbers, texts, true and false")
-    return dict(value)

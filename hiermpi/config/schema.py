@@ -1,14 +1,17 @@
 """The schema holds every setting of hiermpi: one frozen dataclass per section, one documented field per setting.
 
-Types and ranges stand in the annotations and are checked by :mod:`hiermpi.config.loading`; what spans several
-fields is checked in ``__post_init__``. The names are a contract: a field is a TOML key, a flag
-``--section.field`` and an environment variable ``HIERMPI_SECTION__FIELD``.
+Types and ranges stand in the annotations and are checked by :func:`build`; what spans several fields is checked in
+``__post_init__``. The names are a contract: a field is a TOML key, a flag ``--section.field`` and an environment variable
+``HIERMPI_SECTION__FIELD``.
 """
 
+import difflib
+import math
 import re
+import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_origin, get_type_hints
 
 from annotated_types import Ge, Gt, Lt
 
@@ -208,8 +211,6 @@ class Config:
         Raises:
             UsageError: A setting is unknown, or a value has the wrong type or is out of range.
         """
-        from hiermpi.config.loading import config_from_flat
-
         return config_from_flat(settings, "Config.of")
 
 
@@ -223,6 +224,102 @@ def flatten(config: Config) -> dict[str, Any]:
         for section, kind in SECTIONS.items()
         for entry in fields(kind)
     }
+
+
+_SENTENCES = {
+    "int_parsing": "expected a whole number",
+    "int_type": "expected a whole number",
+    "int_from_float": "expected a whole number",
+    "int_parsing_size": "expected a smaller number",
+    "float_parsing": "expected a number",
+    "float_type": "expected a number",
+    "finite_number": "expected a finite number",
+    "bool_parsing": "expected true or false",
+    "bool_type": "expected true or false",
+    "string_type": "expected a text",
+    "greater_than_equal": "expected at least {ge}",
+    "greater_than": "expected more than {gt}",
+    "less_than": "expected less than {lt}",
+    "literal_error": "expected {expected}",
+}
+
+
+def config_from_flat(values: Mapping[str, Any], origin: str) -> Config:
+    """Make the validated configuration of ``{"section.field": value}``; missing settings take their defaults."""
+    known = flatten(Config())
+    for name in values:
+        require_setting(name, known, origin)
+    return build({name: (value, f"{name} in {origin}") for name, value in values.items()})
+
+
+def build(settings: Mapping[str, tuple[Any, str]]) -> Config:
+    """Make the validated configuration of ``{"section.field": (value, origin)}``. Raises UsageError."""
+    sections: dict[str, Any] = {}
+    for section, kind in SECTIONS.items():
+        hints = get_type_hints(kind, include_extras=True)
+        values = {}
+        for entry in fields(kind):
+            name = f"{section}.{entry.name}"
+            if name in settings:
+                value, origin = settings[name]
+                values[entry.name] = _convert(hints[entry.name], value, origin)
+        try:
+            sections[section] = kind(**values)
+        except ValueError as error:
+            raise UsageError(str(error)) from None
+    return Config(**sections)
+
+
+def _convert(hint: Any, value: Any, origin: str) -> Any:
+    if hint is str and isinstance(value, int | float) and not isinstance(value, bool):
+        value = str(value)  # a duration may be written as a plain number
+    if get_origin(hint) is dict:
+        return _table(value, origin)
+    if isinstance(value, bool) and hint is not bool:
+        raise UsageError(f"{origin} = {str(value).lower()}: expected a value other than true or false")
+    from pydantic import TypeAdapter, ValidationError  # it is slow to import, and rank 0 alone reads settings
+
+    try:
+        converted = TypeAdapter(hint).validate_python(value)
+    except ValidationError as error:
+        first = error.errors()[0]
+        sentence = _SENTENCES.get(first["type"], first["msg"][:1].lower() + first["msg"][1:])
+        shown = repr(value) if isinstance(value, str) else str(value)
+        raise UsageError(f"{origin} = {shown[:80]}: {sentence.format(**first.get('ctx', {}))}") from None
+    if isinstance(converted, float) and not math.isfinite(converted):
+        raise UsageError(f"{origin} = {value}: expected a finite number")
+    return converted
+
+
+def _table(value: Any, origin: str) -> dict[str, Any]:
+    """Return a table of plain values from a TOML table, or from the text of an inline one such as ``{hidden = 64}``."""
+    if isinstance(value, str):
+        try:
+            value = tomllib.loads(f"table = {value}")["table"]
+        except (tomllib.TOMLDecodeError, RecursionError):
+            raise UsageError(f"{origin} = {value[:80]!r}: expected a TOML table such as {{hidden = 64}}") from None
+    plain = isinstance(value, dict) and all(isinstance(entry, int | float | str | bool) for entry in value.values())
+    if not plain:
+        raise UsageError(f"{origin}: expected a table of numbers, texts, true and false")
+    return dict(value)
+
+
+def require_setting(name: str, known: Mapping[str, Any], origin: str) -> None:
+    """Refuse a setting that is not among the known ones. Raises UsageError.
+
+    Args:
+        name: The name of the setting.
+        known: The settings that there are.
+        origin: The text by which messages name the place where it stands.
+    """
+    if name not in known:
+        raise UsageError(f'{origin}: unknown setting "{name}"{nearest(name, known)}')
+
+
+def nearest(name: str, choices: Any) -> str:
+    """Return the part of a message that names what was probably meant, or what there is."""
+    found = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.5)
+    return f': did you mean "{found[0]}"?' if found else f": valid are {', '.join(list(choices)[:8])} ..."
 
 
 READ_BY_HIERMPI = {

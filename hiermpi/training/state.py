@@ -7,19 +7,22 @@ A run that is initialised has none. Code that rebuilds the ranks of a run in ano
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hiermpi.communication.agreement import agreed
+from hiermpi.communication.communicators import Communicators
+from hiermpi.communication.reduction import Reduction
 from hiermpi.communication.scatter import deal_out_owned, gather_owned
+from hiermpi.config.schema import Config
 from hiermpi.errors import UsageError
+from hiermpi.hierarchy.ownership import Ownership
 from hiermpi.kernels.memory import lazy_zeros
-from hiermpi.model.contract import initialize
-
-if TYPE_CHECKING:
-    from hiermpi.training.assembly import Rank
+from hiermpi.model.contract import Family, Model, initialize
+from hiermpi.optimizer.rules import Rule
+from hiermpi.optimizer.update import Optimizer
 
 Tensors = Mapping[str, NDArray[np.float32]]
 
@@ -49,11 +52,45 @@ class RunState:
     """The optimizer's tensors by the name of their vector; the table is empty where no update was applied."""
 
 
-def spread_state(rank: "Rank", state: RunState | None, seed: int) -> None:
+class Stateful(Protocol):
+    """The parts of a rank that hold its share of the state; :class:`hiermpi.training.assembly.Rank` has them."""
+
+    @property
+    def config(self) -> Config: ...
+
+    @property
+    def comms(self) -> Communicators: ...
+
+    @property
+    def family(self) -> Family: ...
+
+    @property
+    def rule(self) -> Rule: ...
+
+    @property
+    def ownership(self) -> Ownership: ...
+
+    @property
+    def reduction(self) -> Reduction: ...
+
+    @property
+    def model(self) -> Model: ...
+
+    @property
+    def optimizer(self) -> Optimizer | None: ...
+
+    @property
+    def progress(self) -> Progress: ...
+
+    @property
+    def training(self) -> bool: ...
+
+
+def spread_state(rank: Stateful, state: RunState | None, seed: int) -> None:
     """Give every rank its part of the root's ``state``, or of a newly initialised model. Collective over the hierarchy.
 
     Args:
-        rank: The parts of this rank; its :attr:`Rank.progress` is set already.
+        rank: The parts of this rank; its ``progress`` is set already.
         state: The state at the root; None elsewhere, and at the root for a run that begins.
         seed: The seed of an initialisation.
 
@@ -86,7 +123,7 @@ def spread_state(rank: "Rank", state: RunState | None, seed: int) -> None:
     deal_out_owned(comms, rank.ownership, whole, optimizer.state if optimizer else None)
 
 
-def gather_state(rank: "Rank") -> RunState | None:
+def gather_state(rank: Stateful) -> RunState | None:
     """Gather the state at the root, and return None elsewhere. Collective over root and owners; others may call it."""
     parameters, optimizer = rank.model.parameters, rank.optimizer
     whole = gather_owned(rank.comms, rank.ownership, optimizer.state if optimizer else None)

@@ -5,8 +5,8 @@ import tomllib
 
 import pytest
 
-from hiermpi.config.loading import add_config_arguments, config_from_flat, config_to_toml, load_config
-from hiermpi.config.schema import Config, duration_seconds, flatten
+from hiermpi.config.loading import add_config_arguments, config_to_toml, load_config
+from hiermpi.config.schema import Config, config_from_flat, duration_seconds, flatten
 from hiermpi.errors import UsageError
 
 
