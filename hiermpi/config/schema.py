@@ -1,8 +1,8 @@
 """The schema holds every setting of hiermpi: one frozen dataclass per section, one documented field per setting.
 
 Types and ranges stand in the annotations and are checked by :func:`build`; what spans several fields is checked in
-``__post_init__``. The names are a contract: a field is a TOML key, a flag ``--section.field`` and an environment variable
-``HIERMPI_SECTION__FIELD``.
+``__post_init__``. The names are a contract: a field is a TOML key, a flag ``--section.field`` and an environment
+variable ``HIERMPI_SECTION__FIELD``.
 """
 
 import difflib
