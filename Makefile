@@ -5,7 +5,8 @@
 PYTHON ?= python3
 MPI ?= auto
 RANKS ?= 13
-TEST_SIZES ?= 1 2 3 4 7 13
+TEST_SIZES ?= 1 3 13
+SMOKE_SIZES ?= 2 4 7 64
 RUNS ?= runs
 
 BIN := .venv/bin
@@ -59,9 +60,11 @@ test-%: install
 	env $(OVERSUBSCRIBE) timeout --kill-after=10 300 $(MPIEXEC) -n $* \
 	    $(BIN)/python -m mpi4py -m pytest -q -x --with-mpi tests/mpi
 
-test-smoke: install ## a few of the MPI tests on 64 ranks
-	env $(OVERSUBSCRIBE) timeout --kill-after=10 300 $(MPIEXEC) -n 64 \
-	    $(BIN)/python -m mpi4py -m pytest -q -x --with-mpi tests/mpi -m smoke
+test-smoke: install ## the MPI tests that depend most on the number of ranks, on each of SMOKE_SIZES
+	for n in $(SMOKE_SIZES); do \
+	    env $(OVERSUBSCRIBE) timeout --kill-after=10 300 $(MPIEXEC) -n $$n \
+	        $(BIN)/python -m mpi4py -m pytest -q -x --with-mpi tests/mpi -m smoke || exit 1; \
+	done
 
 test-matrix: install ## every combination of ranks, routing, coordinators and reduction, and broken plug-ins (minutes)
 	env HIERMPI_TEST_MATRIX=all $(BIN)/python -m pytest -q tests/plugins

@@ -87,7 +87,8 @@ def runnable(page, command):
     return words
 
 
-SHOWN = [(page, command) for page in PAGES for command in dict.fromkeys(commands_of(page))]
+SHOWN = [(page, command) for command, page in {c: p for p in reversed(PAGES) for c in commands_of(p)}.items()]
+"""Each command once, on the first page that shows it."""
 
 
 @pytest.mark.parametrize(("page", "command"), SHOWN, ids=[f"{page.stem}: {command[:60]}" for page, command in SHOWN])
