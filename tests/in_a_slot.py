@@ -14,8 +14,6 @@ from pathlib import Path
 
 from numpy.typing import NDArray
 
-os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # one core makes one slot for all ranks
-
 from hiermpi.cli import launched_rank, main
 from hiermpi.model.contract import Batch
 from hiermpi.model.gpt2 import GPT2
@@ -55,5 +53,6 @@ def fail_in_a_slot(fault: str, failing: bool, notes: Path) -> None:
 
 
 if __name__ == "__main__":
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # one core makes one slot for all ranks
     fail_in_a_slot(sys.argv[1], launched_rank() == int(sys.argv[2]), Path(sys.argv[3]))
     sys.exit(main(sys.argv[4:]))

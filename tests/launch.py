@@ -41,14 +41,23 @@ def start(*arguments, ranks=0, env=None, module=False, cwd=None):
 
 
 def finish(process, timeout=60):
-    """Wait for a started command; kill its whole group when the time is over."""
+    """Wait for a started command; end it and all its ranks when the time is over."""
     try:
         out, err = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        out, err = process.communicate()
+        out, err = end(process)
         raise AssertionError(f"still running after {timeout} s\n{out}\n{err}") from None
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def end(process):
+    """End a started command by force; return what it wrote."""
+    process.terminate()  # mpiexec ends its ranks, which have process groups of their own
+    try:
+        return process.communicate(timeout=15)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        return process.communicate()
 
 
 def run(*arguments, ranks=0, env=None, timeout=60, module=False, cwd=None):

@@ -42,6 +42,19 @@ def notes_of(folder):
     return {path.name: path.read_text() for path in (folder / "notes").iterdir()}
 
 
+def ranks_in(folder):
+    """The processes that have ``folder`` in their command line."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            words = path.read_bytes().split(b"\0")
+        except OSError:  # it has ended in the meantime
+            continue
+        if str(folder / "run").encode() in words:
+            found.append(int(path.parent.name))
+    return found
+
+
 def require_it_failed_in_the_slot(folder):
     """Require that the rank failed with the only slot of the node in its hands, and that the run did not end well."""
     assert notes_of(folder)["failed.txt"] == "0"
@@ -88,3 +101,4 @@ def test_without_a_limit_the_others_wait_for_the_slot(data, tmp_path):
     with pytest.raises(AssertionError, match="still running after 15 s"):
         run(data, tmp_path, "hang", "--run.stall_warn", "1", "--run.stall_abort", "0", timeout=15)
     require_it_failed_in_the_slot(tmp_path)
+    assert ranks_in(tmp_path) == []
