@@ -76,17 +76,17 @@ def whole_path(path: Path) -> Iterator[Path]:
         for made in [*temporary.rglob("*"), temporary] if temporary.is_dir() else [temporary]:
             made.chmod((0o777 if made.is_dir() else 0o666) & ~umask)  # some libraries write for the owner only
             sync(made)
-        if path.is_dir() and any(path.iterdir()):
-            path.rename(aside)
         try:
+            if path.is_dir() and any(path.iterdir()):
+                path.rename(aside)
             temporary.rename(path)
-        except OSError:
-            if aside.exists():
+        except BaseException:  # an interrupt, too, may come between the two
+            if aside.exists() and not path.exists():
                 aside.rename(path)
             raise
         sync(path.parent)
     finally:
-        for leftover in (temporary, aside):
+        for leftover in (temporary, aside) if path.exists() else (temporary,):
             if leftover.is_dir():
                 shutil.rmtree(leftover, ignore_errors=True)
             else:
