@@ -37,16 +37,16 @@ def fail_in_a_slot(fault: str, failing: bool, notes: Path) -> None:
     work_in, write_gradients = GPT2.work_in, GPT2.write_gradients
     taken: list[int] = []
 
-    def noted_work_in(model: GPT2, slot: int) -> None:
+    def noted_work_in(self: GPT2, slot: int) -> None:
         taken.append(slot)
         (notes / f"rank-{launched_rank()}.txt").write_text(" ".join(map(str, sorted(set(taken)))))
-        work_in(model, slot)
+        work_in(self, slot)
 
-    def failing_write_gradients(model: GPT2, batch: Batch, gradients: NDArray) -> tuple[float, int]:
+    def failing_write_gradients(self: GPT2, batch: Batch, gradients: NDArray) -> tuple[float, int]:
         if failing and batch.step == STEP and taken:
             (notes / "failed.txt").write_text(str(taken[-1]))
             fail(fault)
-        return write_gradients(model, batch, gradients)
+        return write_gradients(self, batch, gradients)
 
     GPT2.work_in = noted_work_in  # type: ignore[method-assign]
     GPT2.write_gradients = failing_write_gradients  # type: ignore[method-assign]

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 
 import pytest
 
@@ -9,27 +10,54 @@ from hiermpi import files
 from hiermpi.errors import UsageError, UserError
 from hiermpi.files import require_new, sync, told, whole_path, write_bytes, write_whole
 
-CALLS = ("open", "write", "fsync", "close", "replace")
+CALLS = ("open", "write", "fsync", "close", "replace", "rename", "chmod", "unlink")
+MOST_CALLS = 40
+FULL = OSError(errno.ENOSPC, "No space left on device")
 
 
 def write(path, data=b"new"):
     write_whole(path, lambda descriptor: write_bytes(descriptor, data))
 
 
-def fail_at(monkeypatch, name, number):
-    """Have the ``number``-th call of os.NAME fail with a full disk; count all calls."""
-    real, seen = getattr(os, name), []
+def fail_at(monkeypatch, numbers, names=CALLS, error=FULL):
+    """Have the calls of these numbers fail, of all calls of os.NAME; return the list in which the calls are noted."""
+    seen = []
 
-    def call(*arguments, **named):
-        seen.append(arguments)
-        if len(seen) == number:
-            if name == "close":
-                real(*arguments)  # the descriptor is gone even where close fails
-            raise OSError(errno.ENOSPC, "No space left on device")
-        return real(*arguments, **named)
+    def failing(name, real):
+        def call(*arguments, **named):
+            seen.append(name)
+            if len(seen) in numbers:
+                if name == "close":
+                    real(*arguments)  # the descriptor is gone even where close fails
+                raise error
+            return real(*arguments, **named)
 
-    monkeypatch.setattr(files.os, name, call)
+        return call
+
+    for name in names:
+        monkeypatch.setattr(os, name, failing(name, getattr(os, name)))
     return seen
+
+
+def each_failure(monkeypatch, prepare, act, error=FULL):
+    """Prepare, and act while the first OS call fails; then the second, and so on; yield the calls and what was raised.
+
+    The last one is the attempt without a failure, in which nothing is raised.
+    """
+    for number in range(1, MOST_CALLS):
+        prepare()
+        raised = None
+        with monkeypatch.context() as patched:
+            seen = fail_at(patched, [number], error=error)
+            try:
+                act()
+            except BaseException as caught:
+                raised = caught
+        complete = len(seen) < number
+        yield seen if complete else seen[:number], raised
+        if complete:
+            return
+    raise AssertionError(f"more than {MOST_CALLS} calls")
 
 
 def test_a_file_is_made_and_replaced(tmp_path):
@@ -40,22 +68,36 @@ def test_a_file_is_made_and_replaced(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("error", [FULL, KeyboardInterrupt()])
 @pytest.mark.parametrize("there", [True, False])
-def test_any_failing_call_leaves_the_old_file(tmp_path, monkeypatch, name, there):
-    path = tmp_path / "file"
-    if there:
-        path.write_bytes(b"old")
-    seen = fail_at(monkeypatch, name, 1)
-    with pytest.raises(UserError, match=r"cannot write .*file: No space left on device: free some there"):
-        write(path)
-    monkeypatch.undo()
-    assert len(seen) >= 1
-    assert [(entry.name, entry.read_bytes()) for entry in tmp_path.iterdir()] == ([("file", b"old")] if there else [])
+def test_any_failing_call_leaves_the_old_file(tmp_path, monkeypatch, there, error):
+    """Before the renaming the file is the old one, or absent; after it the new one is whole."""
+    path, failed = tmp_path / "file", []
+
+    def prepare():
+        path.unlink(missing_ok=True)
+        if there:
+            path.write_bytes(b"old")
+
+    for seen, raised in each_failure(monkeypatch, prepare, lambda: write(path), error):
+        replaced = raised is None or "replace" in seen[:-1]
+        content = b"new" if replaced else b"old"
+        found = [(entry.name, entry.read_bytes()) for entry in tmp_path.iterdir()]
+        assert found == ([("file", content)] if there or replaced else []), seen
+        if raised is None:
+            continue
+        failed.append(seen[-1])
+        if error is FULL:
+            assert str(raised).startswith(f"cannot write {path}: No space left on device: free some there")
+            assert isinstance(raised, UserError)
+        else:
+            assert raised is error
+    # The temporary file, the renaming, and the entry in the folder.
+    assert failed == ["unlink", "open", "write", "fsync", "close", "replace", "open", "fsync", "close"]
 
 
 def test_a_folder_that_cannot_be_flushed_is_told_and_the_file_is_whole(tmp_path, monkeypatch):
-    fail_at(monkeypatch, "fsync", 2)
+    fail_at(monkeypatch, [2], ["fsync"])
     with pytest.raises(UserError, match="cannot write"):
         write(tmp_path / "file")
     assert (tmp_path / "file").read_bytes() == b"new"
@@ -82,7 +124,7 @@ def test_what_an_earlier_attempt_left_is_no_obstacle(tmp_path):
 
 def test_short_writes_are_continued(tmp_path, monkeypatch):
     real = os.write
-    monkeypatch.setattr(files.os, "write", lambda descriptor, data: real(descriptor, data[:3]))
+    monkeypatch.setattr(os, "write", lambda descriptor, data: real(descriptor, data[:3]))
     write(tmp_path / "file", b"0123456789")
     assert (tmp_path / "file").read_bytes() == b"0123456789"
 
@@ -135,12 +177,74 @@ def test_a_path_is_replaced_as_a_whole(tmp_path, folder):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_path_that_cannot_be_renamed_keeps_the_old_one(tmp_path):
+@pytest.fixture(params=[True, False], ids=["folder", "file"])
+def content(request, tmp_path):
+    """Functions that make the content of a path, and read it; None where the path does not exist."""
+
+    def make(path, text):
+        if request.param:
+            path.mkdir()
+            (path / "part").write_text(text)
+        else:
+            path.write_text(text)
+
+    def read(path):
+        part = path / "part" if request.param else path
+        return part.read_text() if part.exists() else None
+
+    return make, read
+
+
+@pytest.mark.parametrize("error", [FULL, KeyboardInterrupt()])
+@pytest.mark.parametrize("there", [True, False])
+def test_any_failing_call_leaves_the_old_path(tmp_path, monkeypatch, content, there, error):
+    """Before the renaming the path is the old one, or absent; after it the old or the new one, whole."""
+    make, read = content
+    path, failed = tmp_path / "model", []
+
+    def prepare():
+        for entry in tmp_path.iterdir():
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        if there:
+            make(path, "old")
+
+    def act():
+        with whole_path(path) as temporary:
+            make(temporary, "new")
+
+    for seen, raised in each_failure(monkeypatch, prepare, act, error):
+        old = "old" if there else None
+        if raised is None:
+            assert read(path) == "new", seen
+        else:
+            failed.append(seen[-1])
+            renamed = "rename" in seen[:-1]
+            assert raised is error or renamed  # a removal that fails may end in another error
+            assert read(path) in ((old, "new") if renamed else (old,)), seen
+        if raised is not None and seen[-1] in ("chmod", "fsync", "rename"):  # others may be those of the removal
+            assert [entry.name for entry in tmp_path.iterdir()] in ([], ["model"]), seen
+    assert [entry.name for entry in tmp_path.iterdir()] == ["model"]
+    assert {"chmod", "open", "fsync", "close", "rename"} <= set(failed)
+
+
+def test_a_folder_that_cannot_be_moved_back_is_kept_aside(tmp_path, monkeypatch):
     path = tmp_path / "model"
     path.mkdir()
     (path / "part").write_text("old")
-    with pytest.raises(OSError, match="No such file"), whole_path(path):
-        pass  # the body has made nothing
+    with monkeypatch.context() as patched:
+        fail_at(patched, [2, 3], ["rename"])
+        with pytest.raises(OSError, match="No space left"), whole_path(path) as temporary:
+            temporary.mkdir()
+            (temporary / "part").write_text("new")
+    assert [part.read_text() for part in tmp_path.rglob("part")] == ["old"]
+
+
+def test_a_body_that_makes_nothing_leaves_the_old_path(tmp_path):
+    path = tmp_path / "model"
+    path.mkdir()
+    (path / "part").write_text("old")
+    with pytest.raises(FileNotFoundError), whole_path(path):
+        pass
     assert (path / "part").read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
 
