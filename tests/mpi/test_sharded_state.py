@@ -64,6 +64,32 @@ def test_parts_come_together_and_go_back(comm, rule, names, monkeypatch):
     comms.free()
 
 
+@pytest.mark.parametrize("dtype", [np.float64, np.int64, np.float32])
+def test_state_keeps_its_type_and_every_bit(comm, dtype, monkeypatch):
+    """NaN, infinities, negative zero and the greatest integers travel as they are, in one piece or in many."""
+    if dtype is np.int64:
+        values = np.resize(np.array([-(2**63), 2**63 - 1, 0, 2**53 + 1], dtype), SIZE)
+    else:
+        values = np.resize(np.array([np.nan, np.inf, -np.inf, -0.0, np.finfo(dtype).tiny], dtype), SIZE)
+    comms = Communicators(comm, 12)
+    ownership = ownership_by(comms, RULES["the root owns nothing"])
+    number = ownership.number(comms.rank)
+    good = []
+    for chunk in (24, 1 << 20):
+        monkeypatch.setattr("hiermpi.communication.reduction.CHUNK_BYTES", chunk)
+        mine = None if number is None else np.where(owned_mask(ownership, number), values, dtype(1))
+        whole = gather_owned(comms, ownership, None if mine is None else {"s": mine})
+        if whole is not None:
+            good.append(whole["s"].dtype == dtype and whole["s"].tobytes() == values.tobytes())
+        back = None if number is None else {"s": np.full(SIZE, 7, dtype)}
+        deal_out_owned(comms, ownership, whole, back)
+        if back is not None:
+            wanted = np.where(owned_mask(ownership, number), values, dtype(7))
+            good.append(back["s"].tobytes() == wanted.tobytes())
+    collective_assert(comm, all(good), good)
+    comms.free()
+
+
 def test_what_the_root_owns_alone_is_not_copied(comm):
     comms = Communicators(comm, 12)
     ownership = ownership_by(comms, RULES["the root owns all"])
