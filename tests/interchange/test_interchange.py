@@ -181,8 +181,8 @@ def test_exports_replace_only_exports(tmp_path, checkpoint):
 
 def test_transformers_computes_the_same(tmp_path):
     """Where transformers and torch are installed: their logits of our export, ours of their model."""
-    torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
+    torch = pytest.importorskip("torch", reason="torch is not installed: make optional tries it")
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed: make optional tries it")
     save_checkpoint(tmp_path / "a.h5", make(TOKENIZERS[2]))
     run(run_export, tmp_path / "a.h5", "--out", tmp_path / "hf")
     inputs = np.arange(12)[None]
