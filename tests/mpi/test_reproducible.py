@@ -121,7 +121,8 @@ def test_a_bad_gradient_is_named_and_skipped_alike(world, shared_folder, alone, 
         name = gpt2_specs(ModelConfig(vocab_size=256, n_layer=2))[2].name
         told = [line for line in lines if "skipped" in line]
         assert len(told) == 1, lines
-        assert re.search(rf"step 3\b.*\brank {rank}\b.*{re.escape(name)} in sequences \d+", told[0]), told
+        where = r"sequences \d+" if world.size <= 13 else r"(sequences \d+|no sequence)"  # there are 24 of them
+        assert re.search(rf"step 3\b.*\brank {rank}\b.*{re.escape(name)} in {where}", told[0]), told
         assert (saved.skipped_steps, saved.adam_count) == (1, 4)
         assert all(np.isfinite(tensor).all() for tensor in saved.parameters.values())
 
