@@ -52,9 +52,9 @@ def plugin_errors(what: str) -> Iterator[None]:
     except Exception as error:
         if not what:
             raise
-        raise PluginError(f"{what}: {in_one_line(error)}") from error
+        raise PluginError(f"{what}: {type(error).__name__}: {in_one_line(error)}") from error
 
 
 def in_one_line(error: Exception) -> str:
-    """Return an error's type and message on one line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    """Return an error's message on one line."""
+    return " ".join(str(error).split())[:300]

@@ -138,7 +138,7 @@ def try_to_make(arguments: Arguments, name: str, maker: MakesReduction) -> tuple
         PluginError: A reduction from outside cannot be made or does not work; every rank raises it.
     """
     comms, made = arguments.comms, None
-    if is_outside(name):
+    if REDUCTIONS.outside(name):
         return make_outside(arguments, name, maker), None
     try:
         # Making a reduction is collective, so a rank that fails must do so before others wait for it.
@@ -147,11 +147,6 @@ def try_to_make(arguments: Arguments, name: str, maker: MakesReduction) -> tuple
     except UserError as error:
         return None, error
     return made, None
-
-
-def is_outside(name: str) -> bool:
-    """Tell whether the reduction of this name comes from outside the package."""
-    return name not in REDUCTIONS or bool(REDUCTIONS.outside(name))
 
 
 def make_outside(arguments: Arguments, name: str, maker: MakesReduction) -> Reduction:
@@ -166,7 +161,7 @@ def make_outside(arguments: Arguments, name: str, maker: MakesReduction) -> Redu
     world, duplicated = comms.world.Idup()
     comms.waiter.wait(duplicated)
     with agreed(world, comms.waiter, patient=False):
-        with plugin_errors(f"{described(name)} cannot be constructed"):
+        with plugin_errors(f"{REDUCTIONS.described(name)} cannot be constructed"):
             made = maker(*arguments)
         require_contract(name, made)
     assert made is not None
@@ -212,7 +207,7 @@ def fastest(arguments: Arguments, makers: Mapping[str, MakesReduction]) -> Chose
 
 def is_usable(name: str, maker: MakesReduction, comms: Communicators) -> bool:
     """Tell whether a timed choice should try a reduction. Raises PluginError."""
-    with plugin_errors(f"{described(name)}: usable" if is_outside(name) else ""):
+    with plugin_errors(f"{REDUCTIONS.described(name)}: usable" if REDUCTIONS.outside(name) else ""):
         return bool(getattr(maker, "usable", lambda _: True)(comms))
 
 
@@ -282,7 +277,8 @@ def require_contract(name: str, made: Reduction) -> None:
     missing += [attribute for attribute in ATTRIBUTES if not hasattr(made, attribute)]
     if missing:
         raise PluginError(
-            f"{described(name)} has no {', '.join(missing)}: derive it from hiermpi.Reduction, which has them all"
+            f"{REDUCTIONS.described(name)} has no {', '.join(missing)}: derive it from hiermpi.Reduction, which has "
+            "them all"
         )
 
 
@@ -298,15 +294,15 @@ def try_out(arguments: Arguments, name: str, made: Reduction, world: MPI.Comm) -
     Raises:
         PluginError: As :func:`make_outside` says.
     """
-    comms = arguments.comms
-    with agreed(world, comms.waiter, patient=False), plugin_errors(f"{described(name)} fails in its first step"):
+    comms, what = arguments.comms, REDUCTIONS.described(name)
+    with agreed(world, comms.waiter, patient=False), plugin_errors(f"{what} fails in its first step"):
         gradients, slots, states = made.gradient_vector(), made.parameter_slots(), made.state_slots()
         require_memory(arguments, name, gradients, slots, states)
     with agreed(world, comms.waiter, patient=False):
-        with plugin_errors(f"{described(name)} fails in its first step"):
+        with plugin_errors(f"{what} fails in its first step"):
             complaint = first_step(arguments, name, made, gradients, slots[0])
         if complaint:
-            raise PluginError(f"{described(name)}: {complaint}")
+            raise PluginError(f"{what}: {complaint}")
     # All ranks have checked the results, so memory that they share can be zeroed.
     gradients[:] = 0
     slots[0][:] = 0
@@ -381,7 +377,8 @@ def require_memory(
         require_vector(name, "parameter_slots()", slot, size, np.dtype(np.float32))
     for state in states:
         if set(state) != set(vectors.state):
-            raise PluginError(f"{described(name)}: state_slots() has {sorted(state)}, not {sorted(vectors.state)}")
+            names = f"{sorted(state)}, not {sorted(vectors.state)}"
+            raise PluginError(f"{REDUCTIONS.described(name)}: state_slots() has {names}")
         for vector in state.values():
             require_vector(name, "state_slots()", vector, size, np.dtype(np.float32))
 
@@ -399,7 +396,7 @@ def require_slots(name: str, what: str, slots: Sequence[object], count: int) -> 
         PluginError: The number is another one.
     """
     if len(slots) != count:
-        raise PluginError(f"{described(name)}: {what} has {len(slots)} slots, not {count}")
+        raise PluginError(f"{REDUCTIONS.described(name)}: {what} has {len(slots)} slots, not {count}")
 
 
 def require_vector(name: str, what: str, vector: object, size: int, dtype: np.dtype) -> None:
@@ -420,17 +417,12 @@ def require_vector(name: str, what: str, vector: object, size: int, dtype: np.dt
         if vector.shape == (size,) and vector.dtype == dtype and vector.flags.c_contiguous:
             return
         found = f"{vector.dtype} of shape {vector.shape}{'' if vector.flags.c_contiguous else ', with gaps'}"
-    raise PluginError(f"{described(name)}: {what} is {found}, not {dtype} of shape {(size,)}")
-
-
-def described(name: str) -> str:
-    """Return how messages call the choice."""
-    return name if name.startswith("hierarchy.reduction = ") else f"hierarchy.reduction = {name}"
+    raise PluginError(f"{REDUCTIONS.described(name)}: {what} is {found}, not {dtype} of shape {(size,)}")
 
 
 def guarded(made: Reduction, name: str) -> Reduction:
     """Return a reduction that tells errors of one from outside in one sentence; one of the package's stays as it is."""
-    return OutsideReduction(made, name) if is_outside(name) else made
+    return OutsideReduction(made, name) if REDUCTIONS.outside(name) else made
 
 
 class OutsideReduction(Reduction):
@@ -444,7 +436,8 @@ class OutsideReduction(Reduction):
     def __init__(self, made: Reduction, name: str) -> None:
         super().__init__(made.comms, made.ownership, made.vectors)
         self.made = made
-        self.what = described(name)
+        self.setting_name = name
+        self.what = REDUCTIONS.described(name)
         self.name = made.name
         self.keeps_gradients = made.keeps_gradients
         self.shares_memory = made.shares_memory
@@ -465,7 +458,7 @@ class OutsideReduction(Reduction):
     def reduce(self, sums: NDArray[np.float64], gradients: NDArray) -> NDArray:
         with plugin_errors(self.what):
             total = self.made.reduce(sums, gradients)
-        require_vector(self.what, "what reduce() returns", total, self.ownership.size, gradients.dtype)
+        require_vector(self.setting_name, "what reduce() returns", total, self.ownership.size, gradients.dtype)
         return total
 
     def exchange(self, values: NDArray[np.float64] | None) -> None:

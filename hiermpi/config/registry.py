@@ -68,14 +68,20 @@ class Registry(Mapping[str, Any]):
         return self.outside(choice)
 
     def called(self, made: Any, choice: Any) -> str:
-        """Return the user's text for an object that was made for a choice, or an empty text for one of the package.
+        """Return how messages name an object that was made for a choice; an empty text for one of the package.
 
         Args:
             made: The object.
             choice: The text in the setting, which a program may have replaced by an object.
         """
         module = str(getattr(made, "__module__", ""))
-        return "" if module.partition(".")[0] == "hiermpi" else self.outside(choice) or self.outside(made)
+        if module.partition(".")[0] == "hiermpi":
+            return ""
+        return f"{self.setting} = {self.outside(choice) or self.outside(made)}"
+
+    def blamed(self, choice: Any) -> str:
+        """Return how messages name a choice from outside the package; an empty text for one of the package."""
+        return self.described(choice) if self.outside(choice) else ""
 
     def described(self, choice: Any) -> str:
         """Return the text by which messages name a choice, such as ``optimizer.rule = adamw``."""

@@ -103,8 +103,7 @@ class Router:
     ) -> None:
         self.topology = topology
         found = ROUTINGS.load(rule) if isinstance(rule, str) else rule
-        name = ROUTINGS.called(found, rule)
-        self.outside = f"hierarchy.routing = {name}" if name else ""
+        self.outside = ROUTINGS.called(found, rule)
         """How messages call a rule from outside the package; empty for one of the package's."""
         with plugin_errors(self.outside):
             self.rule = found() if isinstance(found, type) else found

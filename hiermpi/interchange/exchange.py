@@ -87,7 +87,7 @@ def export(checkpoint: Checkpoint, out: Path, kind: Any, force: bool, family: Fa
         UserError: The model or the path cannot be used.
     """
     form = load_format(kind)
-    outside = FORMATS.described(kind) if FORMATS.outside(kind) else ""
+    outside = FORMATS.blamed(kind)
     shape = model_config(checkpoint)
     fitted(shape, dict(checkpoint.parameters), "the checkpoint", family)
     if out.exists() and not force and not (out.is_dir() and not any(out.iterdir())):
@@ -135,7 +135,7 @@ def read_model(source: Path, kind: Any = None, family: Any = None) -> Checkpoint
     form, what = load_format(kind), FORMATS.described(kind)
     if not callable(getattr(form, "read", None)):
         raise UserError(f"{what} cannot be imported: it has no method read")
-    outside = what if FORMATS.outside(kind) else ""
+    outside = FORMATS.blamed(kind)
     with plugin_errors(outside):
         checkpoint = form.read(source)
     if not isinstance(checkpoint, Checkpoint):

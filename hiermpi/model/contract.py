@@ -207,7 +207,7 @@ def load_family(choice: Any) -> Family:
         PluginError: The family lacks a method.
     """
     family = FAMILIES.load(choice) if isinstance(choice, str) else choice
-    with plugin_errors(FAMILIES.described(choice) if FAMILIES.outside(choice) else ""):
+    with plugin_errors(FAMILIES.blamed(choice)):
         family = family() if isinstance(family, type) else family
         for name in ("specs", "make", "initialize"):
             if not callable(getattr(family, name, None)):
@@ -219,8 +219,7 @@ def load_family(choice: Any) -> Family:
 
 def outside_family(family: Family, config: ModelConfig) -> str:
     """Return how messages call a family from outside the package; nothing for one of the package's."""
-    name = FAMILIES.called(family, config.family)
-    return f"model.family = {name}" if name else ""
+    return FAMILIES.called(family, config.family)
 
 
 def family_of(shape: ModelConfig, given: Any, source: Path) -> Family:
@@ -249,22 +248,14 @@ def family_of(shape: ModelConfig, given: Any, source: Path) -> Family:
 def specs_of(family: Family, config: ModelConfig) -> list[TensorSpec]:
     """Return the tensors of a model. Raises UsageError, PluginError."""
     what = outside_family(family, config)
-    try:
-        with plugin_errors(what):
-            specs = named_specs(family, config, what)
-    except ValueError as error:
-        raise UsageError(str(error)) from None
+    with plugin_errors(what):
+        try:
+            specs = list(family.specs(config))
+        except ValueError as error:  # the family refuses the user's settings
+            raise UsageError(f"{what}: {in_one_line(error)}" if what else str(error)) from None
     if what:
         require_specs(what, specs, config)
     return specs
-
-
-def named_specs(family: Family, config: ModelConfig, what: str) -> list[TensorSpec]:
-    """Return what the family says; a ValueError of a family from outside is the user's error, and names it."""
-    try:
-        return list(family.specs(config))
-    except ValueError as error:
-        raise (UsageError(f"{what}: {in_one_line(error).partition(': ')[2]}") if what else error) from None
 
 
 def require_specs(what: str, specs: Sequence[TensorSpec], config: ModelConfig) -> None:

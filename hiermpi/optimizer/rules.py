@@ -102,7 +102,7 @@ def load_rule(choice: Any) -> Rule:
     """
     rule = RULES.load(choice) if isinstance(choice, str) else choice
     name = RULES.described(choice)
-    with plugin_errors(name if RULES.outside(choice) else ""):
+    with plugin_errors(RULES.blamed(choice)):
         rule = rule() if isinstance(rule, type) else rule
         require_rule(name, rule)
     return rule
@@ -134,9 +134,9 @@ def require_fit(rule: Rule, choice: Any, specs: Sequence[TensorSpec]) -> None:
         choice: What the user calls it.
         specs: The tensors.
     """
-    if not RULES.called(rule, choice):
+    name = RULES.called(rule, choice)
+    if not name:
         return
-    name = f"optimizer.rule = {RULES.called(rule, choice)}"
     for spec in specs:
         with plugin_errors(f"{name}: the tensor {spec.name}"):
             chosen = rule_of(rule, spec)
@@ -182,9 +182,9 @@ class Schedule(Protocol):
 def load_schedule(choice: Any) -> Schedule:
     """Load a schedule by its name, ``package.module:object`` or the function itself. Raises UsageError, PluginError."""
     schedule = SCHEDULES.load(choice) if isinstance(choice, str) else choice
-    if not SCHEDULES.outside(choice):
+    name = SCHEDULES.blamed(choice)
+    if not name:
         return schedule
-    name = SCHEDULES.described(choice)
     if not callable(schedule):
         raise PluginError(f"{name}: it is not a function of the step")
     return OutsideSchedule(schedule, name)

@@ -187,7 +187,7 @@ class Optimizer:
         class_bounds: (S + 1,) The rows at which the symmetry classes begin, and V; the lattice needs them.
         kernels: The kernels that compute; by default those of the environment.
         coupling: The strength of the coupling of the token table's rows to their neighbours in the lattice.
-        name: The name that the user gave for a rule from outside the package; else empty.
+        name: The text by which messages name a rule from outside the package; else empty.
     """
 
     def __init__(
@@ -316,20 +316,19 @@ class Optimizer:
         self, piece: Piece, new: Values, old: Values, gradients: NDArray[np.float32], numbers: Hyper
     ) -> None:
         """Apply a rule from outside; what it raises or breaks is told in one sentence that names it."""
-        name = f"optimizer.rule = {self.name}"
         before = Values(read_only(old.parameters), {key: read_only(vector) for key, vector in old.state.items()})
         numbers = WatchedHyper(*numbers)
         numbers.seen = self.seen
-        with plugin_errors(name):
+        with plugin_errors(self.name):
             returned: object = piece.rule.update(  # type: ignore[func-returns-value]
                 new, before, read_only(gradients), numbers
             )
         if returned is not None:
             kind = type(returned).__name__
-            raise PluginError(f"{name}: update returned {kind}: it must write into `new`, and return None")
+            raise PluginError(f"{self.name}: update returned {kind}: it must write into `new`, and return None")
         for what, vector in {"parameters": new.parameters, **new.state}.items():
             if not np.isfinite(vector).all():
-                raise PluginError(f"{name}: it made {what} that are not finite")
+                raise PluginError(f"{self.name}: it made {what} that are not finite")
 
     def commit(self) -> None:
         """Count the update, and put the state that it wrote into use."""

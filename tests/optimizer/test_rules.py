@@ -47,7 +47,7 @@ class Divided(Plain):
         return RULE if len(spec.shape) == 1 else Plain()
 
 
-def make_optimizer(rule, name="mine:RULE", slots=1):
+def make_optimizer(rule, name="optimizer.rule = mine:RULE", slots=1):
     """Make the optimizer of one owner for everything."""
     parameters = ParameterBuffer(SPECS, storage=[np.zeros(48, np.float32) for _ in range(slots)])
     bounds, classes = norm_blocks(parameters)
