@@ -1,57 +1,27 @@
 """Checkpoints of models from outside: their code is imported only where the user says so, and what it lacks is told."""
 
 import json
+import textwrap
 
 import pytest
 from plugins.plugged import make_dataset, require_one_sentence, run, train, trained
 
+from hiermpi.model import contract
+
 MODEL = {"model.family": "mine:FAMILY", "model.options": "{hidden = 20}"}
 ALLOWED = ("--model.family", "mine:FAMILY")
-CODE = """
+EXAMPLE = textwrap.dedent(contract.__doc__.partition("::\n")[2].partition("\nThe option ")[0])
+"""The model that the contract's own documentation shows."""
+CODE = f"""
 from pathlib import Path
 
-from hiermpi import TensorSpec
-
-import numpy as np
-
 (Path(__file__).parent / "imported").touch()
+{EXAMPLE}
 
-
-class Bigram:
-    def __init__(self, config, parameters):
-        self.parameters = parameters
-        self.symmetry_order = config.symmetry_order
-
-    def loss(self, batch):
-        return self._pass(batch, None)
-
-    def loss_and_gradients(self, batch, gradients):
-        return self._pass(batch, self.parameters.views(gradients)["table"])
-
-    def _pass(self, batch, gradient):
-        known = batch.targets >= 0
-        inputs, targets = batch.inputs[known], batch.targets[known]
-        logits = self.parameters["table"][inputs]
-        p = np.exp(logits - logits.max(axis=1, keepdims=True))
-        p /= p.sum(axis=1, keepdims=True)
-        rows = np.arange(len(targets))
-        loss = -np.log(p[rows, targets]).sum(dtype=np.float64)
-        if gradient is not None:
-            p[rows, targets] -= 1
-            np.add.at(gradient, inputs, p)
-        return float(loss), len(targets)
-
-
-class Family:
-    def specs(self, config):
-        return [TensorSpec("table", (config.vocab_size, config.vocab_size), decay=True)]
-
+class Family(BigramFamily):
     def make(self, config, parameters, sequences):
         config.options.get("hidden")
-        return Bigram(config, parameters)
-
-    def initialize(self, model, seed):
-        model.parameters["table"][:] = 0
+        return super().make(config, parameters, sequences)
 
 
 FAMILY = Family()
