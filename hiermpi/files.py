@@ -18,7 +18,7 @@ ADVICE = {
 
 
 @contextlib.contextmanager
-def told(path: Path, doing: str) -> Iterator[None]:
+def file_errors(path: Path, doing: str) -> Iterator[None]:
     """Turn an OSError of the body into a UserError that names ``path``, the action ``doing``, and the reason."""
     try:
         yield
@@ -44,7 +44,7 @@ def write_whole(path: Path, write: Callable[[int], None]) -> None:
     Raises UserError.
     """
     temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
-    with told(path, "write"):
+    with file_errors(path, "write"):
         temporary.unlink(missing_ok=True)
         descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         try:

@@ -8,7 +8,7 @@ import pytest
 
 from hiermpi import files
 from hiermpi.errors import UsageError, UserError
-from hiermpi.files import require_new, sync, told, whole_path, write_bytes, write_whole
+from hiermpi.files import file_errors, require_new, sync, whole_path, write_bytes, write_whole
 
 CALLS = ("open", "write", "fsync", "close", "replace", "rename", "chmod", "unlink")
 MOST_CALLS = 40
@@ -134,12 +134,12 @@ def test_short_writes_are_continued(tmp_path, monkeypatch):
     [(errno.ENOSPC, "free some there"), (errno.EACCES, "that you may use"), (errno.ENOENT, "that exists"), (99, "$")],
 )
 def test_errors_name_the_path_and_what_to_do(tmp_path, number, advice):
-    with pytest.raises(UserError, match=f"cannot read {tmp_path}: .*{advice}"), told(tmp_path, "read"):
+    with pytest.raises(UserError, match=f"cannot read {tmp_path}: .*{advice}"), file_errors(tmp_path, "read"):
         raise OSError(number, os.strerror(number))
 
 
 def test_other_errors_pass(tmp_path):
-    with pytest.raises(ZeroDivisionError), told(tmp_path, "read"):
+    with pytest.raises(ZeroDivisionError), file_errors(tmp_path, "read"):
         raise ZeroDivisionError
 
 

@@ -29,7 +29,7 @@ from hiermpi.communication.communicators import Communicators
 from hiermpi.communication.waiting import Waiter
 from hiermpi.errors import UserError, plugin_errors
 from hiermpi.hierarchy.topology import compute_slots
-from hiermpi.kernels.gates import TurnQueue, can_sleep
+from hiermpi.kernels.gates import SlotQueue, can_sleep
 from hiermpi.kernels.memory import round_up
 
 ORDERED_STORES = ("x86_64", "AMD64", "i686")
@@ -118,7 +118,7 @@ class NodeComputeSlots(ComputeSlots):
         cores: The core of each slot; none where the system chooses cores.
     """
 
-    def __init__(self, queue: TurnQueue, work_in: Callable[[int], None], cores: Sequence[int] = ()) -> None:
+    def __init__(self, queue: SlotQueue, work_in: Callable[[int], None], cores: Sequence[int] = ()) -> None:
         self._queue = queue
         self._work_in = work_in
         self._cores = cores
@@ -190,7 +190,7 @@ def make_compute_slots(comms: Communicators, model: Any, threads: int = 1, outsi
     elements = int(needed[0])
     with agreed(comms.world, comms.waiter), plugin_errors(outside):  # the first words are written when it ends
         if at_once < leaves and shared_memory_usable() and can_sleep():
-            start, stride = TurnQueue.nbytes(node.size, at_once), round_up(4 * elements)
+            start, stride = SlotQueue.nbytes(node.size, at_once), round_up(4 * elements)
             # There is space for as many sequences as a rank may ever get; memory is only taken where it is written.
             memory = NodeMemory(node, start + at_once * stride, comms.waiter, [(0, start)])
             if memory.sleeps:
@@ -198,5 +198,5 @@ def make_compute_slots(comms: Communicators, model: Any, threads: int = 1, outsi
                     offsets = [start + index * stride for index in range(at_once)]
                     model.share_workspaces([memory.array(offset, (elements,), np.float32) for offset in offsets])
                 work_in = model.work_in if lends else no_memory
-                slots = NodeComputeSlots(TurnQueue(memory, at_once, comms.waiter), work_in, chosen)
+                slots = NodeComputeSlots(SlotQueue(memory, at_once, comms.waiter), work_in, chosen)
     return slots

@@ -16,7 +16,7 @@ from hiermpi.config.registry import FORMATS
 from hiermpi.config.schema import ModelConfig
 from hiermpi.data.tokenizers import Tokenizer
 from hiermpi.errors import PluginError, UsageError, UserError, plugin_errors
-from hiermpi.files import told, whole_path
+from hiermpi.files import file_errors, whole_path
 from hiermpi.model.contract import Family, family_of, specs_of
 from hiermpi.storage.checkpoint import Checkpoint, model_config
 
@@ -94,9 +94,9 @@ def export(checkpoint: Checkpoint, out: Path, kind: Any, force: bool, family: Fa
         raise UsageError(f"{out} exists: name another --out, or add --force to replace it")
     if force and out.is_dir() and not is_export(out, form.file_names):
         raise UsageError(f"{out} is a folder with other things than an exported model: name another --out")
-    with told(out.parent, "write into"):
+    with file_errors(out.parent, "write into"):
         out.parent.mkdir(parents=True, exist_ok=True)
-    with told(out, "write"), whole_path(out) as temporary:
+    with file_errors(out, "write"), whole_path(out) as temporary:
         temporary.mkdir()
         with plugin_errors(outside):
             form.write(temporary, checkpoint)

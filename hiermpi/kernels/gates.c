@@ -99,36 +99,36 @@ int passed(struct gate *gate, struct account *account) {
     return there(gate);
 }
 
-/* The queue gives compute slots in the order of asking. Its memory has, each in its own cache line, the number of turns
- * asked for, the number of turns that have ended, `size` words, and `at_once` flags, one for each slot. Turn number n
- * may begin when word n % size is n + 1 or more; no rank asks for two turns, so a word serves one turn at a time. */
+/* The queue gives compute slots in the order of asking. Its memory has, each in its own cache line, the number of
+ * requests, the number of slots given back, `size` words, and `at_once` flags, one for each slot. Request number n may
+ * be served when word n % size is n + 1 or more; no rank has two requests, so a word serves one request at a time. */
 enum { LINE = 64 };
 
-static _Atomic uint32_t *line(char *turns, uint32_t number) { return (_Atomic uint32_t *)(turns + LINE * number); }
+static _Atomic uint32_t *line(char *queue, uint32_t number) { return (_Atomic uint32_t *)(queue + LINE * number); }
 
-/* Ask for a turn, and set up the gate at which it is waited for. */
-void ask_turn(struct gate *gate, char *turns, uint32_t size) {
-    const uint32_t turn = atomic_fetch_add(line(turns, 0), 1);
-    gate->word = line(turns, 2 + turn % size);
+/* Ask for a slot, and set up the gate at which it is waited for. */
+void ask_slot(struct gate *gate, char *queue, uint32_t size) {
+    const uint32_t request = atomic_fetch_add(line(queue, 0), 1);
+    gate->word = line(queue, 2 + request % size);
     gate->members = 1;
-    gate->round = turn + 1;
+    gate->round = request + 1;
 }
 
-/* Return a slot that no other rank has when the turn has come, else -1. */
-long begin_turn(struct gate *gate, struct account *account, char *turns, uint32_t size, uint32_t at_once) {
+/* Return a slot that no other rank has when the request may be served, else -1. */
+long take_slot(struct gate *gate, struct account *account, char *queue, uint32_t size, uint32_t at_once) {
     if (!passed(gate, account)) return -1;
-    for (uint32_t place = 0;; place = (place + 1) % at_once) { /* a slot is free, or will be at once */
+    for (uint32_t slot = 0;; slot = (slot + 1) % at_once) { /* a slot is free, or will be at once */
         uint32_t taken = 0;
-        if (atomic_compare_exchange_strong(line(turns, 2 + size + place), &taken, 1)) return place;
+        if (atomic_compare_exchange_strong(line(queue, 2 + size + slot), &taken, 1)) return slot;
     }
 }
 
 /* Give the slot back, and let the first rank in the queue begin. */
-void end_turn(char *turns, uint32_t size, uint32_t at_once, uint32_t place) {
-    atomic_store(line(turns, 2 + size + place), 0);
-    const uint32_t turn = atomic_fetch_add(line(turns, 1), 1) + at_once;
-    atomic_store(line(turns, 2 + turn % size), turn + 1);
-    syscall(SYS_futex, line(turns, 2 + turn % size), FUTEX_WAKE, 1, NULL, NULL, 0);
+void give_slot_back(char *queue, uint32_t size, uint32_t at_once, uint32_t slot) {
+    atomic_store(line(queue, 2 + size + slot), 0);
+    const uint32_t request = atomic_fetch_add(line(queue, 1), 1) + at_once;
+    atomic_store(line(queue, 2 + request % size), request + 1);
+    syscall(SYS_futex, line(queue, 2 + request % size), FUTEX_WAKE, 1, NULL, NULL, 0);
 }
 
 #else
@@ -138,9 +138,9 @@ struct account;
 int usable(void) { return 0; }
 void arrive(struct gate *gate) {}
 int passed(struct gate *gate, struct account *account) { return 1; }
-void ask_turn(struct gate *gate, char *turns, uint32_t size) {}
-long begin_turn(struct gate *gate, struct account *account, char *turns, uint32_t size, uint32_t at_once) { return 0; }
-void end_turn(char *turns, uint32_t size, uint32_t at_once, uint32_t place) {}
+void ask_slot(struct gate *gate, char *queue, uint32_t size) {}
+long take_slot(struct gate *gate, struct account *account, char *queue, uint32_t size, uint32_t at_once) { return 0; }
+void give_slot_back(char *queue, uint32_t size, uint32_t at_once, uint32_t slot) {}
 
 #endif
 

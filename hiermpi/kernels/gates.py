@@ -253,7 +253,7 @@ class PollingMailboxes:
         values[:] = box
 
 
-class TurnQueue:
+class SlotQueue:
     """A queue for compute slots, which are taken in the order of asking; no two ranks have the same slot at once.
 
     It needs memory whose ranks can sleep. The first rank's constructor writes words for all ranks, so a barrier must
@@ -274,7 +274,7 @@ class TurnQueue:
         self._library, self._waiter, self._at_once = required_library(), waiter, at_once
         self._gate = GateState(0, 1, 0, 1, 0, LONGEST_KERNEL_SLEEP_NS, 0)
         self._at = ctypes.addressof(self._gate)
-        self._turns = address_of(words), memory.size
+        self._queue = address_of(words), memory.size
         self.slot = 0
         """The number of the slot that this rank has taken."""
 
@@ -285,15 +285,15 @@ class TurnQueue:
 
     def begin(self) -> None:
         """Ask for a slot, and return when this rank has one."""
-        self._library.ask_turn(self._at, *self._turns)
+        self._library.ask_slot(self._at, *self._queue)
         self._waiter.wait_asleep(self._begun)
 
     def end(self) -> None:
         """Give the slot back, so that the next rank in the queue gets one."""
-        self._library.end_turn(*self._turns, self._at_once, self.slot)
+        self._library.give_slot_back(*self._queue, self._at_once, self.slot)
 
     def _begun(self) -> bool:
-        self.slot = self._library.begin_turn(self._at, self._waiter.slept_at, *self._turns, self._at_once)
+        self.slot = self._library.take_slot(self._at, self._waiter.slept_at, *self._queue, self._at_once)
         return self.slot >= 0
 
 

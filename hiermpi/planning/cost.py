@@ -18,7 +18,7 @@ import numpy as np
 
 from hiermpi.config.schema import Config, ModelConfig
 from hiermpi.errors import UsageError
-from hiermpi.files import told, write_bytes, write_whole
+from hiermpi.files import file_errors, write_bytes, write_whole
 from hiermpi.hierarchy.topology import Topology, compute_slots
 from hiermpi.model.contract import figure_of, load_family, specs_of
 from hiermpi.model.parameters import ParameterLayout
@@ -107,7 +107,7 @@ def default_path() -> Path:
 
 def keep_machine(path: Path, machine: Machine) -> None:
     """Write the figures to ``path``, and make its folder where needed. Raises UserError."""
-    with told(path.parent, "make the folder"):
+    with file_errors(path.parent, "make the folder"):
         path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, lambda descriptor: write_bytes(descriptor, machine.to_json().encode()))
 
@@ -120,7 +120,7 @@ def read_machine(path: Path | None) -> Machine | None:
     place = path or default_path()
     if path is None and not place.exists():
         return None
-    with told(place, "read"):
+    with file_errors(place, "read"):
         text = place.read_bytes()
     try:
         return machine_from_json(text)

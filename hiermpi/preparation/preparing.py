@@ -23,7 +23,7 @@ from hiermpi.data.tokenizers import (
     train_bpe,
 )
 from hiermpi.errors import UsageError, UserError
-from hiermpi.files import require_new, told
+from hiermpi.files import file_errors, require_new
 from hiermpi.progress import ProgressBar
 from hiermpi.storage.dataset import SPLITS, DatasetContent, token_dtype, write_dataset
 
@@ -252,7 +252,8 @@ def prepare_with(wanted: Preparation, encoder: Encoder) -> Prepared:
     given = stored_tokenizer(wanted.tokenizer_of) if wanted.tokenizer_of else None
     decodable = (given.kind if given else wanted.tokenizer) != "bytes"
     documents = find_text(wanted, decodable)
-    with told(out.parent, "write into"), tempfile.TemporaryDirectory(dir=out.parent, prefix=".hiermpi-") as folder:
+    spooled = tempfile.TemporaryDirectory
+    with file_errors(out.parent, "write into"), spooled(dir=out.parent, prefix=".hiermpi-") as folder:
         tokenizer = given or make_tokenizer(wanted, documents)
         with Spool(Path(folder), tokenizer, encoder) as spool:
             fill(spool, documents, wanted.val_fraction)

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hiermpi.errors import UserError
-from hiermpi.files import told, whole_path
+from hiermpi.files import file_errors, whole_path
 from hiermpi.reporting.reading import RunRecord
 from hiermpi.reporting.tables import ROLES, mean, own_share, verdict, work
 
@@ -46,12 +46,12 @@ def make_plots(runs: Sequence[RunRecord], folder: Path) -> list[Path]:
         raise UserError("plots need matplotlib: pip install 'hiermpi[report]', or add --no-plots") from None
     mpl.use("Agg")
     figures = {"compare": compare_figure(runs)} if len(runs) > 1 else figures_of(runs[0])
-    with told(folder, "make the folder"):
+    with file_errors(folder, "make the folder"):
         folder.mkdir(parents=True, exist_ok=True)
     made = []
     for name, figure in figures.items():
         path = folder / f"{name}.png"
-        with told(path, "write"), whole_path(path) as temporary:
+        with file_errors(path, "write"), whole_path(path) as temporary:
             figure.savefig(temporary, dpi=DPI, format="png")
         made.append(path)
     return made

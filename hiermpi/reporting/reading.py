@@ -13,7 +13,7 @@ import numpy as np
 
 from hiermpi.data.tokenizers import tokenizer_from_json
 from hiermpi.errors import UserError
-from hiermpi.files import told
+from hiermpi.files import file_errors
 from hiermpi.storage.checkpoint import Checkpoint, load_checkpoint, parameters_digest
 from hiermpi.storage.container import kind_of
 from hiermpi.storage.dataset import SPLITS, TokenDataset, open_dataset
@@ -125,7 +125,7 @@ def read_config(path: Path) -> dict[str, Any]:
     """Read a run's config.toml as ``{"section.field": value}``, empty where it is missing. Raises UserError."""
     if not path.exists():
         return {}
-    with told(path, "read"):
+    with file_errors(path, "read"):
         try:
             table = tomllib.loads(path.read_text(encoding="utf-8"))
         except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from hiermpi.config.schema import ModelConfig
 from hiermpi.errors import DamagedFile, UserError
-from hiermpi.files import TEMPORARY_SUFFIX, told
+from hiermpi.files import TEMPORARY_SUFFIX, file_errors
 from hiermpi.storage.container import (
     IN_MEMORY_LIMIT,
     Fill,
@@ -212,7 +212,7 @@ class CheckpointFolder:
         """Return (step, path) of every checkpoint, newest first."""
         if not self.path.is_dir():
             return []
-        with told(self.path, "read"):
+        with file_errors(self.path, "read"):
             found = [(FILE_NAME.fullmatch(path.name), path) for path in self.path.iterdir() if path.is_file()]
         return sorted(((int(match[1]), path) for match, path in found if match), reverse=True)
 
@@ -235,7 +235,7 @@ class CheckpointFolder:
         """Rename checkpoints newer than ``step``, which a run that goes back to it must not find again."""
         for newer, path in self.list():
             if newer > step:
-                with told(path, "rename"):
+                with file_errors(path, "rename"):
                     path.rename(path.with_name(path.name + ".superseded"))
                 logger.info("%s is set aside as %s.superseded", path, path.name)
 
@@ -243,7 +243,7 @@ class CheckpointFolder:
         """Delete the temporary files of a writer that was killed."""
         if self.path.is_dir():
             for path in self.path.glob(f"*{TEMPORARY_SUFFIX}"):
-                with told(path, "remove"):
+                with file_errors(path, "remove"):
                     path.unlink(missing_ok=True)
 
     def retain(self, keep_last: int, keep_every: int) -> None:
@@ -261,7 +261,7 @@ class CheckpointFolder:
             logger.warning("%s; older checkpoints are kept", error)
             return
         for path in surplus:
-            with told(path, "remove"):
+            with file_errors(path, "remove"):
                 path.unlink(missing_ok=True)
 
 
@@ -286,7 +286,7 @@ class CheckpointWriter:
     def save(self, checkpoint: Checkpoint) -> None:
         """Save a checkpoint. Raises UserError where this save, or the asynchronous one before it, failed."""
         self.finish()
-        with told(self.folder.path, "make"):
+        with file_errors(self.folder.path, "make"):
             self.folder.path.mkdir(parents=True, exist_ok=True)
         if not self.asynchronous:
             self._write(checkpoint)

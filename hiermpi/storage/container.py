@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hiermpi.errors import DamagedFile, UserError
-from hiermpi.files import told, write_bytes, write_whole
+from hiermpi.files import file_errors, write_bytes, write_whole
 
 import h5py  # isort: skip  (hiermpi.storage must close the plugin path first)
 
@@ -165,7 +165,7 @@ def open_container(path: Path, kind: str) -> "Iterator[Reader]":
 @contextlib.contextmanager
 def reading(path: Path) -> Iterator[None]:
     """Turn an OSError of the body into a UserError, or into a DamagedFile where the disk cannot read its sectors."""
-    with told(path, "read"):
+    with file_errors(path, "read"):
         try:
             yield
         except OSError as error:

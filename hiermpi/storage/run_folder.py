@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hiermpi.errors import UserError
-from hiermpi.files import told, write_bytes, write_whole
+from hiermpi.files import file_errors, write_bytes, write_whole
 from hiermpi.storage.checkpoint import Checkpoint, CheckpointFolder
 
 
@@ -31,7 +31,7 @@ class RunFolder:
         """Make the folder and check that it can be written. Raises UserError."""
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"{self.path} is a file: name a folder with --run")
-        with told(self.path, "make the run folder"):
+        with file_errors(self.path, "make the run folder"):
             self.path.mkdir(parents=True, exist_ok=True)
             probe = self.path / ".probe"
             probe.touch()
@@ -51,7 +51,7 @@ class RunFolder:
 
     def append_metrics(self, row: Mapping[str, Any]) -> None:
         """Add a row to metrics.jsonl; numbers that are not finite become null."""
-        with told(self.metrics, "write"), open(self.metrics, "a", encoding="utf-8") as file:
+        with file_errors(self.metrics, "write"), open(self.metrics, "a", encoding="utf-8") as file:
             file.write(json.dumps(finite(row), allow_nan=False) + "\n")
 
     def read_metrics(self) -> list[dict[str, Any]]:
@@ -90,7 +90,7 @@ class RunFolder:
         """Return the reductions that earlier starts chose by time, by the layout of the ranks. Raises UserError."""
         if not self.reductions.exists():
             return {}
-        with told(self.reductions, "read"):
+        with file_errors(self.reductions, "read"):
             text = self.reductions.read_bytes()
         try:
             found = json.loads(text)
@@ -114,7 +114,7 @@ class RunFolder:
 
     def clear_done(self) -> None:
         """Remove the file DONE, because the run goes on."""
-        with told(self.done, "remove"):
+        with file_errors(self.done, "remove"):
             self.done.unlink(missing_ok=True)
 
     def stop_requested(self) -> bool:
@@ -123,7 +123,7 @@ class RunFolder:
 
     def clear_stop(self) -> None:
         """Remove the file STOP."""
-        with told(self.stop, "remove"):
+        with file_errors(self.stop, "remove"):
             self.stop.unlink(missing_ok=True)
 
     def _write(self, path: Path, text: str) -> None:
@@ -147,7 +147,7 @@ def lines(rows: Iterable[Mapping[str, Any]]) -> str:
 def _rows(path: Path) -> Iterable[dict[str, Any]]:
     if not path.exists():
         return
-    with told(path, "read"), open(path, encoding="utf-8") as file:
+    with file_errors(path, "read"), open(path, encoding="utf-8") as file:
         for number, line in enumerate(file, 1):
             try:
                 row = json.loads(line)

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, Protocol, TextIO, runtime_checkable
 from hiermpi.config.registry import SINKS
 from hiermpi.config.schema import Config, flatten, listed
 from hiermpi.errors import PluginError, plugin_errors
-from hiermpi.files import told
+from hiermpi.files import file_errors
 from hiermpi.progress import ProgressBar
 from hiermpi.storage.checkpoint import Checkpoint, CheckpointWriter
 from hiermpi.storage.dataset import TokenDataset
@@ -85,7 +85,7 @@ class CsvSink:
     def open(self, run: Run) -> None:
         self._path = run.folder / "metrics.csv"
         kept: list[dict[str, Any]] = []
-        with told(self._path, "write"):
+        with file_errors(self._path, "write"):
             if run.first_step and self._path.exists():
                 with open(self._path, encoding="utf-8", newline="") as before:
                     rows = list(csv.DictReader(before))
@@ -97,7 +97,7 @@ class CsvSink:
             self._file.flush()
 
     def record(self, row: Mapping[str, Any]) -> None:
-        with told(self._path, "write"):
+        with file_errors(self._path, "write"):
             self._writer.writerow(finite(row))
             self._file.flush()
 

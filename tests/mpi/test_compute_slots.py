@@ -18,7 +18,7 @@ from hiermpi.communication.node import (
 )
 from hiermpi.communication.waiting import Waiter
 from hiermpi.config.schema import ModelConfig
-from hiermpi.kernels.gates import TurnQueue, can_sleep
+from hiermpi.kernels.gates import SlotQueue, can_sleep
 from hiermpi.model.contract import Batch
 from hiermpi.model.gpt2 import FAMILY, make_gpt2
 
@@ -35,9 +35,9 @@ def comms(world):
 
 def make_slots(comms, at_once, taken, cores=(), waiter=None, more=0):
     """Slots that append their numbers to ``taken``, and the memory, with ``more`` bytes behind them."""
-    start = TurnQueue.nbytes(comms.node.size, at_once)
+    start = SlotQueue.nbytes(comms.node.size, at_once)
     memory = NodeMemory(comms.node, start + more, comms.waiter)
-    slots = NodeComputeSlots(TurnQueue(memory, at_once, waiter or comms.waiter), taken.append, cores)
+    slots = NodeComputeSlots(SlotQueue(memory, at_once, waiter or comms.waiter), taken.append, cores)
     comms.waiter.wait(comms.node.Ibarrier())
     return slots, memory, start
 
