@@ -252,8 +252,10 @@ def prepare_with(wanted: Preparation, encoder: Encoder) -> Prepared:
     given = stored_tokenizer(wanted.tokenizer_of) if wanted.tokenizer_of else None
     decodable = (given.kind if given else wanted.tokenizer) != "bytes"
     documents = find_text(wanted, decodable)
-    spooled = tempfile.TemporaryDirectory
-    with file_errors(out.parent, "write into"), spooled(dir=out.parent, prefix=".hiermpi-") as folder:
+    with (
+        file_errors(out.parent, "write into"),
+        tempfile.TemporaryDirectory(dir=out.parent, prefix=".hiermpi-") as folder,
+    ):
         tokenizer = given or make_tokenizer(wanted, documents)
         with Spool(Path(folder), tokenizer, encoder) as spool:
             fill(spool, documents, wanted.val_fraction)
